@@ -2,11 +2,12 @@
 
 import importlib.metadata
 import os
+import sys
 from dataclasses import asdict, dataclass
 
 import torch
 
-from llmopt_lab.core.errors import Missing
+from llmopt_lab.core.errors import LabError, Missing
 
 
 def pick_device() -> torch.device:
@@ -74,14 +75,21 @@ def prepare_triton() -> None:
 
     Raises:
         Missing: Triton is not installed.
+        LabError: there is no GPU, and Triton was imported too early to be switched.
     """
     if version_of("triton") is None:
         raise Missing(
             "this needs Triton, which is not installed. On Linux: pip install triton. "
             "Elsewhere use the reference: Triton has no build for macOS and Windows."
         )
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+    if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
+        if "triton.language" in sys.modules:
+            raise LabError(
+                "Triton was imported before its CPU interpreter was switched on (torch imports it "
+                "now and then). Restart the kernel and run the set-up cell, or any import from "
+                "llmopt_lab.core.device followed by prepare_triton(), first."
+            )
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def interpreting() -> bool:

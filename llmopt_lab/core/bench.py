@@ -1,0 +1,306 @@
+"""Benchmarks as data: check every contender against the oracle first, then time it beside its peers.
+
+    llmopt bench paged_attention --out results.json
+
+A room's `cases.py` holds `CASES`, a tuple of `Case`. Timings are GPU times of one call: the call
+is captured as a CUDA graph where that works (so Python and launch gaps stay out of the number),
+the L2 cache is overwritten before each replay, and the median of the replays is reported with its
+20th and 80th percentile. On a CPU, wall time without a cache flush. Raw samples go into the JSON.
+"""
+
+import argparse
+import datetime
+import importlib
+import json
+import math
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from llmopt_lab.core.close import assert_close
+from llmopt_lab.core.device import hardware_facts, pick_device, software_facts
+from llmopt_lab.core.errors import BadInput, LabError, Missing, require
+
+FLUSH_BYTES = 256 << 20     # several times the L2 of any supported GPU
+FORMAT_VERSION = 1
+
+
+class WrongResult(LabError, AssertionError):
+    """A contender disagrees with the oracle, so it was not timed."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation. `prepare(*inputs)` does the untimed set-up and returns the call to time.
+
+    `prepare` raises `Missing` (or ImportError) when a peer is not installed: it is then listed as
+    absent. `ours` marks the kernel the course teaches.
+    """
+
+    name: str
+    prepare: Callable[..., Callable[[], Tensor]]
+    ours: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to compare, on which inputs, and what the work costs at least.
+
+    sizes:     keyword arguments of `inputs`, one dict a row of the table
+    inputs:    (device, **size) -> the tensors every contender gets
+    oracle:    (*inputs) -> the right result, in float32 or float64
+    flops:     (**size) -> floating-point operations of one call
+    min_bytes: (**size) -> bytes any implementation must move: the roofline's floor
+    """
+
+    title: str
+    sizes: tuple[dict, ...]
+    inputs: Callable[..., tuple]
+    oracle: Callable[..., Tensor]
+    contenders: tuple[Contender, ...]
+    flops: Callable[..., int]
+    min_bytes: Callable[..., int]
+    cpu_sizes: tuple[dict, ...] = field(default=())   # what a machine without a GPU runs instead
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians and spread of one contender's call, in milliseconds, with the raw samples."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    how: str                    # "graph", "stream" or "wall"
+    samples_ms: tuple[float, ...]
+
+
+def time_call(call: Callable[[], Tensor], device: torch.device, *, seconds: float = 0.3) -> Timing:
+    """Median time of `call` after warm-up, with a cold L2 on a GPU."""
+    if device.type != "cuda":
+        return _time_on_cpu(call, seconds)
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    replay, how = _capture(call)
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def sample() -> float:
+        flush.zero_()
+        begin.record()
+        replay()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end)
+
+    first = statistics.median(sample() for _ in range(5))
+    n = max(20, min(200, int(1000 * seconds / (first + 0.15))))
+    return _summary([sample() for _ in range(n)], how)
+
+
+def _capture(call: Callable[[], Tensor]) -> tuple[Callable[[], None], str]:
+    """`call` as a replayable CUDA graph; the call itself where it cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except Exception:   # noqa: BLE001  a peer that synchronises or allocates cannot be captured
+        torch.cuda.synchronize()
+        return call, "stream"
+    return graph.replay, "graph"
+
+
+def _time_on_cpu(call: Callable[[], Tensor], seconds: float) -> Timing:
+    call()
+    samples = []
+    until = time.perf_counter() + seconds
+    while len(samples) < 5 or (time.perf_counter() < until and len(samples) < 200):
+        start = time.perf_counter()
+        call()
+        samples.append(1000 * (time.perf_counter() - start))
+    return _summary(samples, "wall")
+
+
+def _summary(samples: list[float], how: str) -> Timing:
+    cuts = statistics.quantiles(samples, n=10, method="inclusive")
+    rounded = tuple(round(s, 5) for s in samples)
+    return Timing(statistics.median(samples), cuts[1], cuts[7], how, rounded)
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """The two ceilings, measured in the same run: what reading memory and multiplying can reach."""
+
+    read_gb_s: float
+    matmul_tflop_s: float
+
+    def floor_ms(self, nbytes: int, flops: int) -> float:
+        """Least possible time of a call that moves `nbytes` and computes `flops`."""
+        return max(nbytes / self.read_gb_s / 1e6, flops / self.matmul_tflop_s / 1e9)
+
+
+def measure_roofline(device: torch.device) -> Roofline:
+    """Read bandwidth of a large sum, and the bf16 (float32 on a CPU) rate of a 4096^3 product."""
+    on_gpu = device.type == "cuda"
+    words = (4 << 30) // 4 if on_gpu else (256 << 20) // 4
+    data = torch.randn(words, device=device)
+    read = time_call(data.sum, device)
+    n, dtype = (4096, torch.bfloat16) if on_gpu else (1024, torch.float32)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    multiply = time_call(lambda: a @ b, device)
+    return Roofline(data.nbytes / read.median_ms / 1e6, 2 * n**3 / multiply.median_ms / 1e9)
+
+
+def run_case(case: Case, device: torch.device, roofline: Roofline) -> dict:
+    """Check and time every contender on every size: JSON-ready rows."""
+    sizes = case.sizes if device.type == "cuda" else case.cpu_sizes
+    rows = []
+    for size in tqdm(sizes, desc=case.title, unit="size", leave=False):
+        inputs = case.inputs(device, **size)
+        want = case.oracle(*inputs)
+        floor = roofline.floor_ms(case.min_bytes(**size), case.flops(**size))
+        results = {c.name: _run_contender(c, inputs, want, device) for c in case.contenders}
+        for result in results.values():
+            if "median_ms" in result:
+                seconds = result["median_ms"] / 1e3
+                result["gb_s"] = case.min_bytes(**size) / seconds / 1e9
+                result["tflop_s"] = case.flops(**size) / seconds / 1e12
+                result["share_of_roofline"] = floor / result["median_ms"]
+        rows.append({"size": size, "floor_ms": floor, "results": results})
+        del inputs, want
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return {
+        "title": case.title,
+        "ours": [c.name for c in case.contenders if c.ours],
+        "rows": rows,
+    }
+
+
+def _run_contender(contender: Contender, inputs: tuple, want: Tensor, device) -> dict:
+    try:
+        call = contender.prepare(*inputs)
+        got = call()
+    except (Missing, ImportError) as absent:
+        return {"absent": str(absent)}
+    except torch.OutOfMemoryError:
+        return {"absent": "out of memory"}
+    except (RuntimeError, NotImplementedError, AttributeError, TypeError) as refused:
+        if contender.ours:
+            raise
+        return {"absent": f"refuses this input: {str(refused).strip().splitlines()[0][:200]}"}
+    try:
+        assert_close(got, want, contender.name)
+    except AssertionError as wrong:
+        if contender.ours:
+            raise WrongResult(f"{contender.name} is wrong, so it was not timed. {wrong}") from wrong
+        return {"absent": f"wrong result: {str(wrong).strip().splitlines()[0][:200]}"}
+    timing = time_call(call, device)
+    return {
+        "median_ms": timing.median_ms,
+        "p20_ms": timing.p20_ms,
+        "p80_ms": timing.p80_ms,
+        "how": timing.how,
+        "max_error": (got.double() - want.double()).abs().max().item() if got.numel() else 0.0,
+        "samples_ms": timing.samples_ms,
+    }
+
+
+def run_room(room: str, *, device: torch.device | None = None, commit: str | None = None) -> dict:
+    """Every case of a room, with the facts of the machine: what `llmopt bench` writes as JSON."""
+    try:
+        cases = importlib.import_module(f"llmopt_lab.{room}.cases")
+    except ModuleNotFoundError as missing:
+        raise BadInput(f"no room called {room!r} has benchmarks") from missing
+    device = device or pick_device()
+    roofline = measure_roofline(device)
+    return {
+        "format_version": FORMAT_VERSION,
+        "room": room,
+        "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit or _commit(),
+        "hardware": hardware_facts(),
+        "software": software_facts(),
+        "roofline": {
+            "read_gb_s": roofline.read_gb_s,
+            "matmul_tflop_s": roofline.matmul_tflop_s,
+        },
+        "cases": [run_case(case, device, roofline) for case in cases.CASES],
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the working tree this package runs from, with + if it has changes."""
+    here = Path(__file__).parent
+    try:
+        run = lambda *args: subprocess.run(  # noqa: E731
+            ["git", "-C", here, *args], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        return run("rev-parse", "--short=12", "HEAD") + ("+" if run("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def format_results(results: dict) -> str:
+    """The table a person reads: ms, spread, GB/s, share of the roofline, and the ratio to ours."""
+    gpu = results["hardware"]["name"]
+    roof = results["roofline"]
+    versions = ", ".join(f"{k} {v}" for k, v in results["software"].items() if v)
+    lines = [
+        f"{results['room']} on {gpu}; {versions}; commit {results['commit']}",
+        f"measured ceilings: read {roof['read_gb_s']:,.0f} GB/s, "
+        f"matrix product {roof['matmul_tflop_s']:,.1f} TFLOP/s",
+    ]
+    for case in results["cases"]:
+        lines += ["", case["title"]]
+        header = f"  {'size':34} {'contender':22} {'ms':>9} {'p20..p80':>17} {'GB/s':>8}"
+        lines.append(f"{header} {'TFLOP/s':>8} {'roofline':>9} {'ours is':>9}")
+        for row in case["rows"]:
+            size = ", ".join(f"{k} {v}" for k, v in row["size"].items())
+            ours = [row["results"][n].get("median_ms", math.nan) for n in case["ours"]]
+            for name, r in row["results"].items():
+                if "absent" in r:
+                    lines.append(f"  {size:34} {name:22} absent: {r['absent']}")
+                    continue
+                spread = f"{r['p20_ms']:.4f}..{r['p80_ms']:.4f}"
+                ratio = "" if name in case["ours"] else f"{r['median_ms'] / min(ours):.2f}x"
+                lines.append(
+                    f"  {size:34} {name:22} {r['median_ms']:9.4f} {spread:>17} {r['gb_s']:8,.0f} "
+                    f"{r['tflop_s']:8.2f} {r['share_of_roofline']:9.1%} {ratio:>9}"
+                )
+    return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `llmopt bench`."""
+    parser.add_argument("room", help="for example paged_attention")
+    parser.add_argument("--out", type=Path, help="write the results as JSON here")
+    parser.add_argument("--commit", help="name of the commit, where git cannot tell")
+    parser.add_argument("--cpu", action="store_true", help="run the small CPU sizes even with a GPU")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`llmopt bench ROOM`: print the table, write the JSON."""
+    if args.out:
+        require(args.out.parent.is_dir(), f"the folder {args.out.parent} does not exist")
+    device = torch.device("cpu") if args.cpu else pick_device()
+    results = run_room(args.room, device=device, commit=args.commit)
+    print(format_results(results))
+    if args.out:
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"written: {args.out}")
+    return 0
+
+
+def load_results(room: str) -> Sequence[dict]:
+    """The recorded results that ship with the package: one dict a file under `<room>/results/`."""
+    folder = Path(__file__).parents[1] / room / "results"
+    require(folder.is_dir(), f"no recorded results for {room!r}: {room}/results does not exist")
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]

@@ -1,0 +1,1 @@
+"""Paged attention: a KV cache cut into fixed blocks."""

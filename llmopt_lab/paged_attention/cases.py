@@ -1,0 +1,163 @@
+"""Inputs shared by tests, benchmarks and the notebook, and the benchmark with its peers."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from llmopt_lab.core.bench import Case, Contender
+from llmopt_lab.core.memory import ceil_div
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def decode_inputs(
+    lengths: list[int],
+    *,
+    n_heads: int,
+    n_kv_heads: int,
+    d_head: int,
+    block_size: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    peak: float = 2.0,
+    poison: bool = True,
+) -> Inputs:
+    """q, k_cache, v_cache, block_tables, lengths of a decode step, with scattered blocks.
+
+    Blocks are handed out in random order. With `poison`, everything a correct kernel never reads
+    is hostile: slots past a sequence's end and blocks of nobody hold NaN, and table entries past
+    the last block name a block far outside the pool. `peak` scales the queries: at 2 a few keys
+    dominate, so that a result built from wrong keys is far off.
+    """
+    rng = torch.Generator(device).manual_seed(seed)
+    batch = len(lengths)
+    counts = [ceil_div(n, block_size) for n in lengths]
+    n_blocks = sum(counts) + 2
+    shape = (n_blocks, block_size, n_kv_heads, d_head)
+    k, v = (torch.randn(shape, generator=rng, device=device, dtype=dtype) for _ in range(2))
+    q = peak * torch.randn(batch, n_heads, d_head, generator=rng, device=device, dtype=dtype)
+    order = torch.randperm(n_blocks, generator=rng, device=device)
+    tables = torch.full((batch, max(counts, default=0) + 1), 1 << 30, dtype=torch.int32)
+    tables = tables.to(device)
+    first = 0
+    for seq, count in enumerate(counts):
+        tables[seq, :count] = order[first : first + count]
+        first += count
+    if poison:
+        for cache in (k, v):
+            cache[order[first:]] = torch.nan
+            for seq, n in enumerate(lengths):
+                if n % block_size:
+                    cache[tables[seq, counts[seq] - 1], n % block_size :] = torch.nan
+    return q, k, v, tables, torch.tensor(lengths, dtype=torch.int32, device=device)
+
+
+def decode_oracle(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, lengths: Tensor) -> Tensor:
+    """What a decode step must give, in float64: torch's attention over each gathered sequence."""
+    n_groups = q.shape[1] // k.shape[2]
+    out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
+    for seq, n in enumerate(lengths.tolist()):
+        if n:
+            blocks = tables[seq, : ceil_div(n, k.shape[1])].long()
+            keys, values = (
+                cache[blocks].flatten(0, 1)[:n].transpose(0, 1).repeat_interleave(n_groups, 0)
+                for cache in (k, v)
+            )  # (n_heads, n, d_head)
+            out[seq] = scaled_dot_product_attention(
+                q[seq, :, None].double(), keys.double(), values.double()
+            )[:, 0]
+    return out
+
+
+def gather(cache: Tensor, tables: Tensor, n: int) -> Tensor:
+    """The first n tokens of every sequence, copied out of the pool: (batch, n_kv_heads, n, d)."""
+    blocks = tables[:, : ceil_div(n, cache.shape[1])].long()
+    return cache[blocks].flatten(1, 2)[:, :n].transpose(1, 2).contiguous()
+
+
+def _bench_inputs(device, *, batch: int, n_tokens: int, block_size: int = 16) -> Inputs:
+    """One layer of a Llama-3-8B-like model: 32 query heads, 8 KV heads, d_head 128."""
+    on_gpu = torch.device(device).type == "cuda"
+    return decode_inputs(
+        [n_tokens] * batch, n_heads=32, n_kv_heads=8, d_head=128, block_size=block_size,
+        dtype=torch.bfloat16 if on_gpu else torch.float32, device=device, poison=False,
+    )  # fmt: skip
+
+
+def _ours(q, k, v, tables, lengths):
+    from llmopt_lab.paged_attention.kernels import paged_attention_decode
+
+    tables = tables[:, :-1].contiguous()    # without the poisoned last column: no room to spare
+    return lambda: paged_attention_decode(q, k, v, tables, lengths)
+
+
+def _flash_attention_3(q, k, v, tables, lengths):
+    from flash_attn_interface import flash_attn_with_kvcache
+
+    tables, q4 = tables[:, :-1].contiguous(), q[:, None]
+    return lambda: flash_attn_with_kvcache(
+        q4, k, v, cache_seqlens=lengths, page_table=tables
+    ).squeeze(1)
+
+
+def _flashinfer(q, k, v, tables, lengths):
+    import flashinfer
+
+    batch, n_blocks = tables.shape[0], ceil_div(int(lengths[0]), k.shape[1])
+    workspace = torch.empty(256 << 20, dtype=torch.uint8, device=q.device)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+        workspace, "NHD", use_tensor_cores=True
+    )
+    indptr = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * n_blocks
+    last = (lengths - 1) % k.shape[1] + 1
+    wrapper.plan(
+        indptr, tables[:, :n_blocks].flatten().contiguous(), last.int(),
+        q.shape[1], k.shape[2], q.shape[2], k.shape[1],
+        q_data_type=q.dtype, kv_data_type=k.dtype,
+    )  # fmt: skip
+    return lambda: wrapper.run(q, (k, v))
+
+
+def _sdpa_contiguous(q, k, v, tables, lengths):
+    keys, values = (gather(cache, tables, int(lengths[0])) for cache in (k, v))
+    q4 = q[:, :, None]
+    return lambda: scaled_dot_product_attention(q4, keys, values, enable_gqa=True)[:, :, 0]
+
+
+def _gather_then_sdpa(q, k, v, tables, lengths):
+    n, q4 = int(lengths[0]), q[:, :, None]
+    return lambda: scaled_dot_product_attention(
+        q4, gather(k, tables, n), gather(v, tables, n), enable_gqa=True
+    )[:, :, 0]
+
+
+def _bench_bytes(*, batch: int, n_tokens: int, block_size: int = 16) -> int:
+    q_and_out = 2 * batch * 32 * 128
+    return 2 * (2 * batch * n_tokens * 8 * 128 + q_and_out)     # bf16
+
+
+CASES = (
+    Case(
+        title="decode over paged keys and values: 32 query heads, 8 KV heads, d_head 128, bf16",
+        sizes=tuple(
+            {"batch": b, "n_tokens": n, "block_size": 16}
+            for b, n in [
+                (1, 4096), (1, 32768), (4, 4096), (16, 2048), (16, 4096),
+                (32, 4096), (64, 2048), (64, 4096), (128, 2048), (128, 4096),
+            ]
+        ),
+        cpu_sizes=({"batch": 2, "n_tokens": 256, "block_size": 16},),
+        inputs=_bench_inputs,
+        oracle=decode_oracle,
+        contenders=(
+            Contender("ours (Triton)", _ours, ours=True),
+            Contender("FlashAttention-3 paged", _flash_attention_3),
+            Contender("FlashInfer paged", _flashinfer),
+            Contender("SDPA, contiguous", _sdpa_contiguous),
+            Contender("gather, then SDPA", _gather_then_sdpa),
+        ),
+        flops=lambda *, batch, n_tokens, block_size: 4 * batch * 32 * n_tokens * 128,
+        min_bytes=_bench_bytes,
+    ),
+)  # fmt: skip

@@ -1,0 +1,350 @@
+"""Paged attention in Triton: the page walk of `reference.paged_attention`, and the write into slots.
+
+A decode step reads every cached key and value once and does little arithmetic with it, so its
+floor is bytes / bandwidth. One program owns one (sequence, KV head, split): it loads the query
+heads of its group once and walks its share of the block table.
+"""
+
+import torch
+from torch import Tensor
+
+from llmopt_lab.core.device import gpu_facts, prepare_triton
+from llmopt_lab.core.errors import require
+from llmopt_lab.core.memory import ceil_div
+
+prepare_triton()
+
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634     # exp(x) == exp2(x * LOG2_E), and exp2 is one instruction
+MIN_DOT_ROWS = 16               # tl.dot wants at least 16 rows: smaller groups are padded
+MAX_SPLITS = 128
+
+
+@triton.jit
+def _decode_kernel(
+    q_ptr, k_ptr, v_ptr,            # (batch, n_heads, D); (n_blocks, BLOCK_SIZE, n_kv_heads, D), twice
+    table_ptr, length_ptr,          # (batch, max_blocks), (batch,); int32
+    out_ptr, lse_ptr,               # (batch, n_heads, n_splits, D), (batch, n_heads, n_splits)
+    q_seq, q_head,                  # strides in elements; the last dimension is contiguous
+    k_block, k_slot, k_head,
+    v_block, v_slot, v_head,
+    table_seq,
+    scale_log2,                     # LOG2_E * scale
+    N_SPLITS: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):
+    """One program: the GROUP query heads of one KV head over one split of one sequence's tokens."""
+    kv_head = tl.program_id(0)
+    split = tl.program_id(1)
+    seq = tl.program_id(2).to(tl.int64)
+    n_heads = tl.num_programs(0) * GROUP
+
+    length = tl.load(length_ptr + seq)
+    # splits are whole tiles; this one walks tokens [start, end)
+    span = tl.cdiv(tl.cdiv(length, TILE), N_SPLITS) * TILE
+    start = split * span
+    end = tl.minimum(start + span, length)
+
+    row = tl.arange(0, ROWS)                                            # (ROWS,)  GROUP, padded
+    head = kv_head * GROUP + row                                        # (ROWS,)
+    row_ok = row < GROUP                                                # (ROWS,)
+    d = tl.arange(0, D)                                                 # (D,)
+    q = tl.load(q_ptr + seq * q_seq + head[:, None] * q_head + d, row_ok[:, None], other=0.0)
+
+    m = tl.full((ROWS,), -float("inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, D), tl.float32)
+    for first in tl.range(start, end, TILE, num_stages=STAGES):
+        token = first + tl.arange(0, TILE)                              # (TILE,)
+        ok = token < end                                                # (TILE,)
+        block = tl.load(table_ptr + seq * table_seq + token // BLOCK_SIZE, ok, other=0).to(tl.int64)
+        slot = token % BLOCK_SIZE                                       # (TILE,)
+        k_at = block * k_block + slot * k_slot + kv_head * k_head       # (TILE,)
+        v_at = block * v_block + slot * v_slot + kv_head * v_head       # (TILE,)
+        k = tl.load(k_ptr + k_at[:, None] + d, ok[:, None], other=0.0)  # (TILE, D)
+        v = tl.load(v_ptr + v_at[:, None] + d, ok[:, None], other=0.0)  # (TILE, D)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2     # (ROWS, TILE)
+        # a slot past the end was read as 0 and would score 0: it must not take part
+        scores = tl.where(ok[None, :], scores, -float("inf"))
+        m_new = tl.maximum(m, tl.max(scores, axis=1))                   # (ROWS,)
+        shrink = tl.exp2(m - m_new)                                     # (ROWS,)
+        p = tl.exp2(scores - m_new[:, None])                            # (ROWS, TILE)
+        total = shrink * total + tl.sum(p, axis=1)
+        acc = shrink[:, None] * acc
+        acc += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)      # (ROWS, D)
+        m = m_new
+
+    # no tokens (an empty sequence, or more splits than tiles): zeros, with weight exp(-inf) = 0
+    seen = total > 0
+    out = acc / tl.where(seen, total, 1.0)[:, None]
+    lse = tl.where(seen, m + tl.log2(tl.where(seen, total, 1.0)), -float("inf"))
+    at = (seq * n_heads + head) * N_SPLITS + split                      # (ROWS,)
+    tl.store(out_ptr + at[:, None] * D + d, out, row_ok[:, None])
+    if N_SPLITS > 1:
+        tl.store(lse_ptr + at, lse, row_ok)
+
+
+@triton.jit
+def _merge_kernel(
+    part_ptr, lse_ptr, out_ptr,     # (batch * n_heads, n_splits, D), (.., n_splits), (.., D)
+    N_SPLITS: tl.constexpr, SPLITS: tl.constexpr, D: tl.constexpr,
+):
+    """One program: the splits of one query head, weighted by their share of the softmax's sum."""
+    head = tl.program_id(0).to(tl.int64)
+    split = tl.arange(0, SPLITS)                                        # (SPLITS,)  N_SPLITS, padded
+    d = tl.arange(0, D)
+    ok = split < N_SPLITS
+    lse = tl.load(lse_ptr + head * N_SPLITS + split, ok, other=-float("inf"))
+    top = tl.max(lse, axis=0)
+    weight = tl.exp2(lse - tl.where(top == -float("inf"), 0.0, top))    # (SPLITS,)  all 0 if empty
+    part = tl.load(part_ptr + (head * N_SPLITS + split)[:, None] * D + d, ok[:, None], other=0.0)
+    total = tl.sum(weight, axis=0)
+    out = tl.sum(weight[:, None] * part, axis=0) / tl.where(total > 0, total, 1.0)
+    tl.store(out_ptr + head * D + d, out)
+
+
+def paged_attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of one new query per sequence over its paged keys and values, read in place.
+
+    Args:
+        q: (batch, n_heads, d_head); float32, float16 or bfloat16; d_head 64 or 128.
+        k_cache, v_cache: (n_blocks, block_size, n_kv_heads, d_head), the dtype of `q`;
+            block_size 1 to 256; n_kv_heads divides n_heads (grouped-query attention).
+        block_tables: (batch, max_blocks) int32; token t of a sequence is in slot
+            t % block_size of block block_tables[seq, t // block_size]. Entries past the
+            sequence's last block are never read.
+        lengths: (batch,) int32, tokens to attend to; 0 gives zeros.
+        scale: of the scores; 1/sqrt(d_head) if None.
+
+    Returns:
+        (batch, n_heads, d_head), the dtype of `q`; sums in float32.
+
+    Raises:
+        BadInput: a shape, dtype, device or layout is wrong. On a CPU the block numbers and
+            lengths are checked too; on a GPU that would cost a synchronisation, and a block
+            number outside the pool reads foreign memory.
+
+    Cost: reads 2 * lengths.sum() * n_kv_heads * d_head elements. When batch * n_kv_heads programs
+    cannot fill the GPU, the tokens are split and a second kernel merges by log-sum-exp.
+    Source: Kwon et al. 2023, section 4.3; Flash-Decoding (Dao et al. 2023) for the split.
+    """
+    batch, n_heads, d_head, n_kv_heads, block_size = _check(
+        q, k_cache, v_cache, block_tables, lengths, scale
+    )
+    scale = d_head**-0.5 if scale is None else scale
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if batch == 0:
+        return out
+    group = n_heads // n_kv_heads
+    tile, n_warps, n_stages = _tiling(q.dtype, d_head)
+    n_splits = choose_n_splits(batch * n_kv_heads, block_tables.shape[1] * block_size, tile)
+    if n_splits == 1:
+        part, lse = out, out    # one split is the result; the kernel writes no log-sum-exp then
+    else:
+        part = q.new_empty(batch, n_heads, n_splits, d_head, dtype=torch.float32)
+        lse = q.new_empty(batch, n_heads, n_splits, dtype=torch.float32)
+    _decode_kernel[(n_kv_heads, n_splits, batch)](
+        q, k_cache, v_cache, block_tables, lengths, part, lse,
+        q.stride(0), q.stride(1),
+        k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
+        v_cache.stride(0), v_cache.stride(1), v_cache.stride(2),
+        block_tables.stride(0),
+        scale * LOG2_E,
+        N_SPLITS=n_splits, BLOCK_SIZE=block_size, GROUP=group,
+        ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(group)), D=d_head, TILE=tile,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=n_stages,
+        num_warps=n_warps,
+    )  # fmt: skip
+    if n_splits > 1:
+        _merge_kernel[(batch * n_heads,)](
+            part, lse, out,
+            N_SPLITS=n_splits, SPLITS=triton.next_power_of_2(n_splits), D=d_head,
+        )  # fmt: skip
+    return out
+
+
+def choose_n_splits(n_programs: int, max_tokens: int, tile: int) -> int:
+    """Splits per (sequence, KV head): enough programs to fill the GPU, none without a tile."""
+    gpu = gpu_facts()
+    n_sms = gpu.n_sms if gpu else 4     # the interpreter walks programs one by one: keep it short
+    wanted = ceil_div(4 * n_sms, max(n_programs, 1))
+    return max(1, min(wanted, ceil_div(max_tokens, tile), MAX_SPLITS))
+
+
+def _tiling(dtype: torch.dtype, d_head: int) -> tuple[int, int, int]:
+    """Tokens a tile, warps, pipeline stages."""
+    if dtype == torch.float32:
+        return 32, 4, 2
+    return 64, 4, 3
+
+
+@triton.jit
+def _write_kernel(
+    k_ptr, v_ptr,                   # (n_tokens, N_HEADS, D), twice: the new keys and values
+    k_cache_ptr, v_cache_ptr,       # (n_blocks, BLOCK_SIZE, N_HEADS, D), twice
+    slots_ptr,                      # (n_tokens,) int64
+    k_token, k_head, v_token, v_head,                                   # strides in elements
+    k_block, k_slot, k_cache_head, v_block, v_slot, v_cache_head,
+    BLOCK_SIZE: tl.constexpr, N_HEADS: tl.constexpr, D: tl.constexpr,
+    HEADS: tl.constexpr, DIMS: tl.constexpr,                            # N_HEADS and D, padded
+):
+    """One program: the keys and values of one token, all KV heads."""
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.load(slots_ptr + token).to(tl.int64)
+    block = at // BLOCK_SIZE
+    slot = at % BLOCK_SIZE
+    head = tl.arange(0, HEADS)[:, None].to(tl.int64)                    # (HEADS, 1)
+    d = tl.arange(0, DIMS)                                              # (DIMS,)
+    ok = (head < N_HEADS) & (d < D) & (at >= 0)                         # (HEADS, DIMS)
+    k = tl.load(k_ptr + token * k_token + head * k_head + d, ok)
+    v = tl.load(v_ptr + token * v_token + head * v_head + d, ok)
+    tl.store(k_cache_ptr + block * k_block + slot * k_slot + head * k_cache_head + d, k, ok)
+    tl.store(v_cache_ptr + block * v_block + slot * v_slot + head * v_cache_head + d, v, ok)
+
+
+def write_kv(
+    keys: Tensor, values: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
+) -> None:
+    """Write the keys and values of new tokens into their slots, in place.
+
+    Args:
+        keys, values: (n_tokens, n_kv_heads, d_head), the dtype of the caches.
+        k_cache, v_cache: (n_blocks, block_size, n_kv_heads, d_head).
+        slots: (n_tokens,) int64, block * block_size + offset within the block; a negative slot
+            writes nothing (padding). No slot may appear twice.
+
+    Raises:
+        BadInput: a shape, dtype, device or layout is wrong; on a CPU also a slot past the end.
+
+    Cost: reads and writes 2 * n_tokens * n_kv_heads * d_head elements.
+    """
+    require(
+        keys.ndim == 3 and keys.shape == values.shape,
+        "keys and values must both be (n_tokens, n_kv_heads, d_head); "
+        f"got {tuple(keys.shape)} and {tuple(values.shape)}",
+    )
+    n_tokens, n_kv_heads, d_head = keys.shape
+    _check_caches(keys, k_cache, v_cache, n_kv_heads, d_head)
+    require(
+        slots.shape == (n_tokens,) and slots.dtype == torch.int64 and slots.device == keys.device,
+        f"slots must be ({n_tokens},) int64 on {keys.device}; "
+        f"got {tuple(slots.shape)} {slots.dtype} on {slots.device}",
+    )
+    require(slots.is_contiguous(), "slots must be contiguous: call .contiguous()")
+    _check_last_dimension(keys=keys, values=values)
+    n_slots = k_cache.shape[0] * k_cache.shape[1]
+    if n_tokens == 0:
+        return
+    if not slots.is_cuda:
+        require(
+            int(slots.max()) < n_slots,
+            f"slot {int(slots.max())} does not exist: the cache has slots 0 to {n_slots - 1}",
+        )
+    _write_kernel[(n_tokens,)](
+        keys, values, k_cache, v_cache, slots,
+        keys.stride(0), keys.stride(1), values.stride(0), values.stride(1),
+        *k_cache.stride()[:3], *v_cache.stride()[:3],
+        BLOCK_SIZE=k_cache.shape[1], N_HEADS=n_kv_heads, D=d_head,
+        HEADS=triton.next_power_of_2(n_kv_heads), DIMS=triton.next_power_of_2(d_head),
+    )  # fmt: skip
+
+
+def _check(q, k_cache, v_cache, block_tables, lengths, scale) -> tuple[int, int, int, int, int]:
+    """Refuse bad input before any work: (batch, n_heads, d_head, n_kv_heads, block_size)."""
+    require(q.ndim == 3, f"q must be (batch, n_heads, d_head); got {tuple(q.shape)}")
+    batch, n_heads, d_head = q.shape
+    require(d_head in (64, 128), f"d_head must be 64 or 128; got {d_head}")
+    require(k_cache.ndim == 4, f"k_cache must have 4 dimensions; got {tuple(k_cache.shape)}")
+    n_blocks, block_size, n_kv_heads, _ = k_cache.shape
+    _check_caches(q, k_cache, v_cache, n_kv_heads, d_head)
+    require(
+        n_kv_heads > 0 and n_heads > 0 and n_heads % n_kv_heads == 0,
+        f"n_heads must be a multiple of n_kv_heads; got {n_heads} and {n_kv_heads}",
+    )
+    require(1 <= block_size <= 256, f"block_size must be 1 to 256; got {block_size}")
+    for name, tensor, ndim in (("block_tables", block_tables, 2), ("lengths", lengths, 1)):
+        require(
+            tensor.ndim == ndim and tensor.shape[0] == batch,
+            f"{name} must have {ndim} dimension(s), the first of {batch} sequences; "
+            f"got {tuple(tensor.shape)}",
+        )
+        require(
+            tensor.dtype == torch.int32 and tensor.device == q.device,
+            f"{name} must be int32 on {q.device}; got {tensor.dtype} on {tensor.device}",
+        )
+    require(
+        lengths.is_contiguous() and (block_tables.numel() == 0 or block_tables.stride(1) == 1),
+        "lengths and the rows of block_tables must be contiguous: call .contiguous()",
+    )
+    _check_last_dimension(q=q)
+    require(
+        scale is None or scale == scale and abs(scale) != float("inf"),
+        f"scale must be a finite number; got {scale}",
+    )
+    if not q.is_cuda and batch:
+        _check_values(block_tables, lengths, n_blocks, block_size)
+    return batch, n_heads, d_head, n_kv_heads, block_size
+
+
+def _check_caches(new: Tensor, k_cache: Tensor, v_cache: Tensor, n_kv_heads: int, d_head: int):
+    require(
+        k_cache.ndim == 4 and k_cache.shape == v_cache.shape,
+        "k_cache and v_cache must both be (n_blocks, block_size, n_kv_heads, d_head); "
+        f"got {tuple(k_cache.shape)} and {tuple(v_cache.shape)}",
+    )
+    require(
+        k_cache.shape[2:] == (n_kv_heads, d_head),
+        f"the caches must end in (n_kv_heads, d_head) = ({n_kv_heads}, {d_head}); "
+        f"got {tuple(k_cache.shape[2:])}",
+    )
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        require(
+            cache.dtype == new.dtype and cache.device == new.device,
+            f"{name} must be {new.dtype} on {new.device} like the new tensors; "
+            f"got {cache.dtype} on {cache.device}",
+        )
+    require(
+        new.dtype in (torch.float32, torch.float16, torch.bfloat16),
+        f"the dtype must be float32, float16 or bfloat16; got {new.dtype}",
+    )
+    require(
+        new.is_cuda or new.dtype != torch.bfloat16,
+        "bfloat16 needs a GPU: Triton's CPU interpreter computes on its bit pattern "
+        "and returns wrong numbers. Use float32.",
+    )
+    _check_last_dimension(k_cache=k_cache, v_cache=v_cache)
+
+
+def _check_last_dimension(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        require(
+            tensor.numel() == 0 or tensor.stride(-1) == 1,
+            f"the last dimension of {name} must be contiguous: call .contiguous()",
+        )
+
+
+def _check_values(block_tables: Tensor, lengths: Tensor, n_blocks: int, block_size: int) -> None:
+    capacity = block_tables.shape[1] * block_size
+    longest, shortest = int(lengths.max()), int(lengths.min())
+    require(shortest >= 0, f"lengths must not be negative; got {shortest}")
+    require(
+        longest <= capacity,
+        f"a sequence of {longest} tokens does not fit its block table: "
+        f"{block_tables.shape[1]} blocks of {block_size} hold {capacity}",
+    )
+    used = torch.arange(block_tables.shape[1]) < ceil_div(lengths, block_size)[:, None]
+    blocks = block_tables[used]
+    require(
+        blocks.numel() == 0 or 0 <= int(blocks.min()) and int(blocks.max()) < n_blocks,
+        f"block_tables names a block outside the pool of {n_blocks}",
+    )
