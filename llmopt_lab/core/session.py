@@ -1,4 +1,4 @@
-"""The set-up of every notebook: switch Triton's interpreter on in time, say what this session has."""
+"""The set-up of every notebook: Triton's interpreter in time, and one line on this session."""
 
 import platform
 import sys
@@ -43,11 +43,13 @@ def what_degrades(gpu: GpuFacts | None, triton: str | None, interpreted: bool) -
             "the timings shown are recorded ones"
         )
     if interpreted:
-        return "TRITON_INTERPRET=1 is set: kernels run interpreted in spite of the GPU, so time none"
+        return (
+            "TRITON_INTERPRET=1 is set: kernels run interpreted in spite of the GPU, so time none"
+        )
     if not gpu.has_tensor_cores_in_triton:
         return (
-            "Triton no longer supports this GPU well: kernels run without tensor cores, a matmul is "
-            "slow, int8 and fp8 dot products do not compile and those cells use the reference"
+            "Triton no longer supports this GPU well: kernels run without tensor cores, a matmul "
+            "is slow, int8 and fp8 dot products do not compile: those cells use the reference"
         )
     if gpu.capability < (8, 9):
         return "everything runs but fp8, which needs sm_89 or newer: those cells use the reference"

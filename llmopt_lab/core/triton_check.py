@@ -19,7 +19,7 @@ def _row_sums(x_ptr, out_ptr, n_cols, COLS: tl.constexpr):
 
 
 def kernel_error() -> float:
-    """Largest error of row sums of a ragged 3 x 5 matrix; 0.0 when Triton works (sums are exact)."""
+    """Largest error of row sums of a ragged 3 x 5 matrix; 0.0 when Triton works."""
     x = torch.arange(15, dtype=torch.float32, device=pick_device()).view(3, 5)
     out = torch.full((3,), float("nan"), device=x.device)
     _row_sums[(3,)](x, out, n_cols=5, COLS=8)
