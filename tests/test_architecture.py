@@ -1,0 +1,294 @@
+"""Rules of the house that a machine can check. Each failure names the file and what is wrong in it."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._pytree import tree_flatten
+
+import llmopt_lab
+from llmopt_lab.cli import is_record_call, is_record_statement, rooms, without_records
+from llmopt_lab.core.trace import recording
+
+HOME = Path(llmopt_lab.__file__).parent
+SHARED = {"core", "nn", "widgets"}
+ABOVE = {"grading", "serving"}
+
+# What a file of a room may import: files of its own room ("*" for all), other parts of the package.
+# A file with a name of its own, such as scheduler.py, is a sibling of reference.py.
+ROOM_FILE = {
+    "records": (set(), {"core"}),
+    "kernels": ({"records", "hopper"}, {"core"}),
+    "hopper": ({"records"}, {"core"}),
+    "attend": ({"records", "reference", "siblings", "kernels"}, {"core", "nn"}),
+    "cases": ({"*"}, {"core", "nn"}),
+    "view": ({"records"}, {"core", "widgets"}),
+    "__init__": ({"records", "reference", "siblings"}, {"core", "nn"}),
+    "reference": ({"records", "reference", "siblings"}, {"core", "nn"}),
+}
+MAY_IMPORT_TRITON = ("kernels", "hopper", "triton_check")
+
+
+def package_files(home: Path) -> list[Path]:
+    return sorted(path for path in home.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+FILES = [str(path.relative_to(HOME)) for path in package_files(HOME)]
+
+
+def imported_modules(source: str, package: str) -> set[str]:
+    """Full names of the modules that a file of `package` imports, wherever the import stands."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, base] if base else above)
+            for alias in node.names:  # `from .core import trace` names a module, `record` does not
+                names.add(f"{base}.{alias.name}" if is_module(base, alias.name) else base)
+    return names
+
+
+def is_module(base: str, name: str) -> bool:
+    folder = HOME.parent / base.replace(".", "/")
+    return (folder / f"{name}.py").exists() or (folder / name / "__init__.py").exists()
+
+
+def forbidden_imports(relative: str, source: str, all_rooms: list[str]) -> list[str]:
+    """The modules of this package that `relative` (a path in it) imports and must not."""
+    part, _, rest = relative.partition("/")
+    if not rest:  # cli.py, build.py ...: above everything
+        return []
+    package = ".".join(["llmopt_lab", *Path(relative).parent.parts])
+    modules = [n for n in imported_modules(source, package) if n.startswith("llmopt_lab.")]
+    return sorted(n for n in modules if not allowed(part, Path(rest).stem, n, all_rooms))
+
+
+def allowed(part: str, stem: str, module: str, all_rooms: list[str]) -> bool:
+    target, _, inside = module.removeprefix("llmopt_lab.").partition(".")
+    if part in ABOVE:
+        return target in SHARED | ABOVE | set(all_rooms)
+    if part in SHARED:
+        return target in {part, "core"}
+    own, others = ROOM_FILE.get(stem, ROOM_FILE["reference"])
+    if target != part:
+        return target in others and (target != "widgets" or inside in ("", "panels"))
+    file = inside.partition(".")[0] or "__init__"
+    return "*" in own or file in own or (file not in ROOM_FILE and "siblings" in own)
+
+
+@pytest.mark.parametrize("relative", FILES)
+def test_imports_point_down(relative):
+    forbidden = forbidden_imports(relative, (HOME / relative).read_text(), rooms())
+    assert not forbidden, f"{relative} must not import {', '.join(forbidden)}"
+
+
+@pytest.mark.parametrize(
+    ("relative", "line"),
+    [
+        ("paged_attention/view.py", "from llmopt_lab.paged_attention.reference import BlockPool"),
+        ("paged_attention/view.py", "from llmopt_lab.paged_attention import BlockPool"),
+        ("paged_attention/view.py", "from llmopt_lab.widgets.player import Player"),
+        ("paged_attention/reference.py", "from llmopt_lab.moe.records import Routing"),
+        ("paged_attention/reference.py", "def f():\n    import llmopt_lab.paged_attention.kernels"),
+        ("paged_attention/kernels.py", "from .reference import BlockPool"),
+        ("paged_attention/__init__.py", "from . import kernels"),
+        ("core/trace.py", "from llmopt_lab.nn.config import ModelConfig"),
+        ("widgets/draw.py", "from llmopt_lab.moe.records import Routing"),
+        ("nn/transformer.py", "import llmopt_lab.widgets.player"),
+    ],
+)
+def test_a_forbidden_import_is_seen(relative, line):
+    assert forbidden_imports(relative, line, ["moe", "paged_attention"])
+
+
+@pytest.mark.parametrize(
+    ("relative", "line"),
+    [
+        ("paged_attention/view.py", "from llmopt_lab.widgets.panels import Frame"),
+        ("paged_attention/attend.py", "from llmopt_lab.paged_attention.kernels import append_kv"),
+        ("paged_attention/cases.py", "from llmopt_lab.paged_attention import PagedCache"),
+        ("paged_attention/scheduler.py", "from .reference import BlockPool"),
+        ("grading/paged_attention.py", "from llmopt_lab.paged_attention import PagedCache"),
+        ("cli.py", "from llmopt_lab.grading import grade"),
+    ],
+)
+def test_an_allowed_import_is_let_through(relative, line):
+    assert not forbidden_imports(relative, line, ["moe", "paged_attention"])
+
+
+@pytest.mark.parametrize("relative", FILES)
+def test_only_kernels_import_triton(relative):
+    package = ".".join(["llmopt_lab", *Path(relative).parent.parts])
+    names = imported_modules((HOME / relative).read_text(), package)
+    if any(name.split(".")[0] == "triton" for name in names):
+        # elsewhere only inside a function: the module must import without Triton
+        at_top = top_level_imports((HOME / relative).read_text())
+        assert Path(relative).stem in MAY_IMPORT_TRITON or "triton" not in at_top, relative
+
+
+def top_level_imports(source: str) -> set[str]:
+    """First names of what a module imports as it is imported itself."""
+    names = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("relative", [f for f in FILES if f.startswith("core/")])
+def test_core_imports_torch_and_nothing_heavier(relative):
+    foreign = top_level_imports((HOME / relative).read_text()) - set(sys.stdlib_module_names)
+    assert foreign <= {"torch", "llmopt_lab", "triton", "tqdm"}, relative
+
+
+@pytest.mark.parametrize("relative", FILES)
+def test_record_is_always_a_line_of_its_own(relative):
+    source = (HOME / relative).read_text()
+    tree = ast.parse(source)
+    statements = [node for node in ast.walk(tree) if is_record_statement(node)]
+    calls = [node for node in ast.walk(tree) if is_record_call(node)]
+    assert len(calls) == len(statements), f"{relative}: a record(...) is part of an expression"
+    for statement in statements:
+        line = source.splitlines()[statement.lineno - 1]
+        alone = re.match(r"\s*(\w+\.)?record\(", line)
+        assert alone, f"{relative}:{statement.lineno} shares its line"
+
+
+@pytest.mark.parametrize("relative", FILES)
+def test_names_say_what_things_do(relative):
+    tree = ast.parse((HOME / relative).read_text())
+    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    names = [node.name for node in ast.walk(tree) if isinstance(node, kinds)] + [
+        Path(relative).stem
+    ]
+    empty = [name for name in names if re.search(r"manager|helper|util", name, re.IGNORECASE)]
+    assert not empty, f"{relative}: {', '.join(empty)} says nothing about what it does"
+
+
+@pytest.mark.parametrize("room", rooms())
+def test_a_reference_does_not_print_and_does_not_ask_whether_it_is_traced(room):
+    tree = ast.parse((HOME / room / "reference.py").read_text())
+    for node in ast.walk(tree):
+        names = {getattr(n, "id", getattr(n, "attr", "")) for n in ast.walk(node)}
+        if isinstance(node, ast.If):
+            condition = {getattr(n, "id", getattr(n, "attr", "")) for n in ast.walk(node.test)}
+            assert not condition & {"trace", "tracing", "recording"}, f"{room}:{node.lineno}"
+        if isinstance(node, ast.Call):
+            assert getattr(node.func, "id", "") != "print", f"{room}:{node.lineno}"
+        if isinstance(node, ast.Attribute):
+            assert not {"cuda"} & names, f"{room}:{node.lineno}: device code in a reference"
+
+
+RUN_EXAMPLE = """
+import importlib, sys, torch
+torch.use_deterministic_algorithms(True)
+room, out = sys.argv[1:]
+cases = importlib.import_module(f"llmopt_lab.{room}.cases")
+torch.save(cases.strip_example(importlib.import_module(f"llmopt_lab.{room}.reference")), out)
+"""
+
+
+def run_example(package_root: Path, room: str) -> list[torch.Tensor]:
+    """The tensors that a room's example makes, run by the package below `package_root`."""
+    out = package_root / f"{room}.pt"
+    environment = os.environ | {"PYTHONPATH": str(package_root), "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, "-c", RUN_EXAMPLE, room, str(out)],
+        env=environment,
+        cwd=package_root,
+        check=True,
+    )
+    leaves = tree_flatten(torch.load(out))[0]
+    assert leaves and all(isinstance(leaf, torch.Tensor) for leaf in leaves), f"{room}: no tensors"
+    return leaves
+
+
+def copy_package(destination: Path) -> Path:
+    shutil.copytree(HOME, destination / "llmopt_lab", ignore=shutil.ignore_patterns("__pycache__"))
+    return destination
+
+
+def strip_room(package_root: Path, room: str) -> None:
+    for path in (package_root / "llmopt_lab" / room).glob("*.py"):
+        path.write_text(without_records(path.read_text()))
+
+
+def same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(
+        x.dtype == y.dtype and torch.equal(x.nan_to_num(), y.nan_to_num())
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+@pytest.mark.parametrize("room", rooms())
+def test_deleting_the_record_lines_changes_no_bit(room, tmp_path):
+    package_root = copy_package(tmp_path)
+    with_records = run_example(package_root, room)
+    strip_room(package_root, room)
+    assert same_bits(with_records, run_example(package_root, room))
+
+
+@pytest.mark.parametrize("room", rooms())
+def test_the_example_of_the_strip_test_reaches_every_record_line(room):
+    cases = pytest.importorskip(f"llmopt_lab.{room}.cases")
+    reference = __import__(f"llmopt_lab.{room}.reference", fromlist=["_"])
+    with recording() as trace:
+        cases.strip_example(reference)
+    reached = {(Path(step.file).name, step.line) for step in trace.steps}
+    for path in (HOME / room).glob("*.py"):
+        for node in filter(is_record_statement, ast.walk(ast.parse(path.read_text()))):
+            lines = range(node.lineno, node.end_lineno + 1)
+            assert any((path.name, line) in reached for line in lines), (
+                f"{room}/{path.name}:{node.lineno} is not reached by cases.strip_example"
+            )
+
+
+TOY_ROOM = {
+    "__init__.py": '"""A room for the test below."""\n',
+    "reference.py": """
+import torch
+from llmopt_lab.core.memory import Load
+from llmopt_lab.core.trace import record
+
+def double(x, rng):
+    for _ in range(3):
+        record(Load("x", 0, {nbytes}))
+        x = x + torch.rand(2, generator=rng)
+    if x.sum() > 0:
+        record(Load("x", 1, 8))
+    return x
+""",
+    "cases.py": """
+import torch
+
+def strip_example(reference):
+    return reference.double(torch.ones(2), torch.Generator().manual_seed(0))
+""",
+}
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "harmless"), [("8", True), ("int(torch.rand(1, generator=rng) * 8)", False)]
+)
+def test_a_record_that_draws_a_random_number_is_caught(nbytes, harmless, tmp_path):
+    (tmp_path / "llmopt_lab" / "toy").mkdir(parents=True)
+    shutil.copy(HOME / "__init__.py", tmp_path / "llmopt_lab")
+    shutil.copytree(HOME / "core", tmp_path / "llmopt_lab" / "core")
+    for name, text in TOY_ROOM.items():
+        (tmp_path / "llmopt_lab" / "toy" / name).write_text(text.replace("{nbytes}", nbytes))
+    with_records = run_example(tmp_path, "toy")
+    strip_room(tmp_path, "toy")
+    assert "record(" not in (tmp_path / "llmopt_lab" / "toy" / "reference.py").read_text()
+    assert same_bits(with_records, run_example(tmp_path, "toy")) == harmless
