@@ -78,7 +78,7 @@ class NotYet(AssertionError):
             parts.append(f"Next: {_sentence(self.hint)}")
         if self.exercise:
             parts.append(f'Stuck? hint("{self.exercise}", 1)')
-        return " ".join(parts)
+        return " ".join(" ".join(parts).split())
 
     def _render_traceback_(self) -> list[str]:
         """IPython shows this instead of a stack through our code."""
