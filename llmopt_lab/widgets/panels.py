@@ -121,5 +121,7 @@ class Frame:
 
     caption: str
     panels: tuple[Panel, ...]
-    file: str | None = None     # of the algorithm, and the line to highlight beside the picture
+    file: str | None = None  # of the algorithm, and the line to highlight beside the picture
     line: int | None = None
+    step: int | None = None  # index of the trace step it shows
+    legend: tuple[tuple[str, str], ...] = ()  # (tone, its name here): ("owner0", "request A")
