@@ -1,0 +1,26 @@
+"""One Llama-shaped language model for all chapters: config, Transformer, decoding, weights.
+
+    from llmopt_lab.nn import generate, load
+
+    lm = load("smollm2-135m")
+    print(lm.decode(generate(lm.model, lm.encode("Gravity is"), 20)))
+
+A chapter enters the model by argument: `Transformer(config, attend=..., feed_forward=...)`, or
+`attend=` at a call.
+"""
+
+from llmopt_lab.nn.config import ModelConfig
+from llmopt_lab.nn.generate import KVCache, generate, sample
+from llmopt_lab.nn.transformer import Transformer, causal_attention
+from llmopt_lab.nn.weights import LanguageModel, load
+
+__all__ = [
+    "KVCache",
+    "LanguageModel",
+    "ModelConfig",
+    "Transformer",
+    "causal_attention",
+    "generate",
+    "load",
+    "sample",
+]
