@@ -1,4 +1,4 @@
-"""Rules of the house that a machine can check. Each failure names the file and what is wrong in it."""
+"""Rules of the house that a machine can check; each failure names the file."""
 
 import ast
 import os

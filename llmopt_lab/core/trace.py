@@ -224,7 +224,8 @@ def _copy_value(value, name: str):
 def _caller() -> tuple[str, int]:
     """The nearest frame outside this package's core: the line of the algorithm itself."""
     frame = sys._getframe(2)
-    while frame.f_globals.get("__name__", "").startswith(f"{__package__}.") and frame.f_back:
+    not_algorithm = (f"{__package__}.", "jaxtyping.", "beartype.")  # tests check types in between
+    while frame.f_globals.get("__name__", "").startswith(not_algorithm) and frame.f_back:
         frame = frame.f_back
     return frame.f_code.co_filename, frame.f_lineno
 
