@@ -597,7 +597,7 @@ def _legend(frames: Sequence[Frame], width: float) -> Legend:
     x, y = 0.0, 0
     for tone in (tone for tone in TONES if tone in used):
         word = names.get(tone, LOOKS[tone].word)
-        needed = min(28 + _wide(word, SANS_EM, 12), width)
+        needed = min(28 + _wide(word, 0.56, 12), width)
         if x and x + needed > width:
             x, y = 0.0, y + 24
         box = f'<g class="lm-{tone}">{_box(x, y, 20, 16, 4)}{_mark(tone, x + 10, y + 8)}</g>'
