@@ -12,7 +12,6 @@ A chapter enters the model by argument: `Transformer(config, attend=..., feed_fo
 from llmopt_lab.nn.config import ModelConfig
 from llmopt_lab.nn.generate import KVCache, generate, sample
 from llmopt_lab.nn.transformer import Transformer, causal_attention
-from llmopt_lab.nn.weights import LanguageModel, load
 
 __all__ = [
     "KVCache",
@@ -24,3 +23,12 @@ __all__ = [
     "load",
     "sample",
 ]
+
+
+def __getattr__(name: str):
+    """Import weights.py at first use: a GPU machine may have torch and no tokenizers or gguf."""
+    if name in ("LanguageModel", "load"):
+        from llmopt_lab.nn import weights
+
+        return getattr(weights, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -186,9 +186,7 @@ def _rope_scaling(rope: dict) -> Llama3Scaling | None:
     )
     if kind == "default":
         return None
-    return Llama3Scaling(
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope["low_freq_factor"]),
-        high_freq_factor=float(rope["high_freq_factor"]),
-        original_max_positions=int(rope["original_max_position_embeddings"]),
-    )
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    for key in keys:
+        require(isinstance(rope.get(key), int | float), f"llama3 RoPE scaling lacks {key!r}")
+    return Llama3Scaling(*(rope[key] for key in keys))

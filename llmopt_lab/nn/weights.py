@@ -244,7 +244,9 @@ def _open_safetensors(file: Path):
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(_read_json(index)["weight_map"].values()))
+        weight_map = _read_json(index).get("weight_map")
+        require(isinstance(weight_map, dict), f"{index} has no weight_map. Get the file again.")
+        names = sorted(set(weight_map.values()))
     else:
         names = ["model.safetensors"]
     for name in names:
@@ -295,7 +297,7 @@ def _locate(name: str | Path) -> Path:
     if name == SMOLLM2:
         return _find_smollm2()
     path = Path(name).expanduser()
-    if path.exists():
+    if name != "" and path.exists():
         require(
             path.is_dir() or path.suffix == ".gguf",
             f"{path} is neither a folder nor a .gguf file",
