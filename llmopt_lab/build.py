@@ -15,6 +15,7 @@ between `### BEGIN SOLUTION` and `### END SOLUTION`, inside a function, is cut o
 """
 
 import argparse
+import ast
 import copy
 import difflib
 import os
@@ -44,6 +45,7 @@ except ImportError as missing:
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 BADGE = "{{colab_badge}}"
+REPOSITORY = "{{repository}}"  # in the set-up cell, which installs from there
 STUB = ("# YOUR CODE HERE", "raise NotImplementedError()")  # nbgrader's own words
 KERNELSPEC = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
 KEPT_METADATA = ("accelerator", "colab")
@@ -140,6 +142,8 @@ def read_source(file: Path):
         if problem:
             raise BuildError(f"{file}, cell {index}: {problem}")
         ids.add(cell.id)
+        if REPOSITORY in cell.source:
+            cell.source = cell.source.replace(REPOSITORY, repository(root))
         if cell.cell_type == "markdown" and BADGE in cell.source:
             badge = colab_badge(f"{folder}/{file.stem}.ipynb", repository(root))
             cell.source = cell.source.replace(BADGE, badge)
@@ -160,10 +164,21 @@ def _problem(cell) -> str:
         return "### BEGIN SOLUTION and ### END SOLUTION must come in pairs, each alone on its line"
     if bool(begins) != bool(grading.get("solution")):
         return "a cell has `solution: true` if and only if it has a ### BEGIN SOLUTION"
-    if not all(begins):
-        return (
-            "a solution must stand inside a function, or the untouched stub stops before its check"
-        )
+    return _problem_of_stub(cut_solutions(cell.source)) if begins else ""
+
+
+def _problem_of_stub(source: str) -> str:
+    """A stub must fail when it is called, in its check, and not before."""
+    try:
+        todo: list[ast.AST] = [ast.parse(source)]
+    except SyntaxError as error:
+        return f"without its solution the cell is not Python: {error}"
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Raise):
+            return "a solution must stand inside a function, so that the stub fails in its check"
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            todo += ast.iter_child_nodes(node)
     return ""
 
 

@@ -138,12 +138,13 @@ def _widgets() -> Finding:
 def _triton() -> Finding:
     """Run a tiny kernel for real, and compare Triton with the version torch was built with."""
     name = "Triton works"
-    if importlib.util.find_spec("triton") is None:
+    from llmopt_lab.core.device import interpreting, version_of
+
+    installed = version_of("triton")
+    if installed is None:
         linux = sys.platform == "linux"
         advice = "run: pip install triton" if linux else "kernels need Linux; the references run"
         return Finding(name, "not installed", advice)
-    from llmopt_lab.core.device import interpreting
-
     try:
         from llmopt_lab.core.triton_check import kernel_error
 
@@ -160,7 +161,6 @@ def _triton() -> Finding:
             name, f"{mode}: a tiny kernel is wrong by {error}", "reinstall: make .venv", True
         )
     expected = _triton_of_torch()
-    installed = importlib.metadata.version("triton")
     if expected and not expected.contains(installed):
         advice = f'this torch wants triton{expected}; run: pip install "triton{expected}"'
         return Finding(name, f"{mode}: a tiny kernel is right, with {installed}", advice)
