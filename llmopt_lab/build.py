@@ -319,18 +319,19 @@ def outputs_of(source: Path, refresh: bool = False) -> dict[Path, str]:
     notebook = read_source(source)
     texts = {}
     if folder.name == "solutions":
-        texts[root / "exercises" / name] = _text(make_exercise(notebook))
+        texts[root / "exercises" / name] = text_of(make_exercise(notebook))
     built = folder / name
     previous = nbformat.read(built, 4) if built.exists() and not refresh else None
     try:
         execute(notebook, folder, previous)
     except BuildError as error:
         raise BuildError(f"{source.relative_to(root)}, {error}") from error
-    texts[built] = _text(notebook)
+    texts[built] = text_of(notebook)
     return texts
 
 
-def _text(notebook) -> str:
+def text_of(notebook) -> str:
+    """The notebook's file, byte for byte."""
     nbformat.validate(notebook)
     return nbformat.writes(notebook) + "\n"
 

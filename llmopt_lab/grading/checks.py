@@ -17,6 +17,7 @@ import importlib
 import math
 import numbers
 import re
+import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -47,8 +48,8 @@ class NotYet(AssertionError):
     """The attempt does not do it yet.
 
     `message` says what is wrong with the values, `misconception` names the mistake
-    ("forgets-the-tail"), `hint` says where to look next. With `reference`, `attempt` and `frames`
-    (a room's `view.frames`), a notebook shows both runs at the first step where they differ.
+    ("forgets-the-tail"), `hint` says where to look next. With two traces and `frames` (a room's
+    `view.frames`), a notebook shows both runs at the first step where records of `kinds` differ.
     """
 
     def __init__(
@@ -60,12 +61,13 @@ class NotYet(AssertionError):
         reference: Trace | None = None,
         attempt: Trace | None = None,
         frames: Callable | None = None,
+        kinds: tuple[type[Record], ...] = (),
     ):
         super().__init__(message)
         self.message = message
         self.misconception = misconception
         self.hint = hint
-        self.runs = (reference, attempt, frames) if frames and reference and attempt else None
+        self.runs = (reference, attempt, frames, *kinds) if frames is not None else ()
         self.exercise = ""  # check() fills it in
 
     def __str__(self) -> str:
@@ -258,6 +260,7 @@ def expect_same_run(
         reference=reference_trace,
         attempt=attempt_trace,
         frames=frames,
+        kinds=kinds,
     ) from raised
 
 
@@ -348,20 +351,17 @@ def _known_rooms() -> list[str]:
 
 def _show_runs(problem: NotYet) -> None:
     """In a notebook, draw both runs side by side; elsewhere the message must do."""
-    if problem.runs is None:
+    if not problem.runs or "IPython" not in sys.modules:
         return
-    try:
-        from IPython import get_ipython
-        from IPython.display import display
-    except ImportError:
-        return
+    from IPython import get_ipython
+    from IPython.display import display
+
     if get_ipython() is None:
         return
-    from llmopt_lab.widgets import compare
+    from llmopt_lab.widgets.player import compare
 
-    reference, attempt, frames = problem.runs
     try:
-        display(compare(reference, attempt, frames))
+        display(compare(*problem.runs))
     except Exception as error:  # noqa: BLE001  an attempt may record what no view can draw
         print(f"(The two runs cannot be drawn: {_named(error)})")
 

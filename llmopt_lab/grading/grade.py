@@ -33,13 +33,17 @@ TOTAL_TIMEOUT_S = 600.0
 EXERCISES = Path(__file__).resolve().parents[2] / "exercises"
 
 
+class GradingFailed(LabError, RuntimeError):
+    """nbval or its kernel did not start; no fault of the learner's."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What one exercise earned, and if not all: why, and where to look next."""
 
     exercise: str  # "room.function"
-    points: float  # to be had
-    earned: float
+    points: int  # to be had
+    earned: int
     message: str = ""  # empty when done
     misconception: str = ""
     hint: str = ""
@@ -54,19 +58,19 @@ class Score:
     error: str = ""
 
     @property
-    def points(self) -> float:
+    def points(self) -> int:
         return sum(v.points for v in self.verdicts)
 
     @property
-    def earned(self) -> float:
+    def earned(self) -> int:
         return sum(v.earned for v in self.verdicts)
 
 
 def grade(
     paths: Sequence[str | Path],
     *,
-    cell_timeout: float = CELL_TIMEOUT_S,
-    total_timeout: float = TOTAL_TIMEOUT_S,
+    cell_timeout: int | float = CELL_TIMEOUT_S,
+    total_timeout: int | float = TOTAL_TIMEOUT_S,
     out: str | Path | None = None,
     exercises: str | Path = EXERCISES,
     jobs: int = 1,
@@ -204,7 +208,7 @@ def restore(learners, canonical):
     return restored
 
 
-def _grade_file(path: Path, canonical: list, cell_timeout: float, total_timeout: float):
+def _grade_file(path: Path, canonical: list, cell_timeout: int | float, total_timeout: int | float):
     learners = read_learners(path)
     mine = {grade_id(cell) for cell in learners.cells} - {""}
     overlaps = [len(mine & {grade_id(cell) for cell in c.cells}) for c in canonical]
@@ -217,15 +221,10 @@ def _grade_file(path: Path, canonical: list, cell_timeout: float, total_timeout:
     return _judge(notebook, cell_timeout, total_timeout)
 
 
-def _judge(notebook, cell_timeout: float, total_timeout: float) -> tuple[Verdict, ...]:
+def _judge(notebook, cell_timeout: int | float, total_timeout: int | float) -> tuple[Verdict, ...]:
     """Run until every check has had its turn, each time without the cells that stopped a run."""
     deadline = time.monotonic() + total_timeout
-    sources = [cell.source for cell in notebook.cells]
-    checks = {
-        cell.id: index
-        for index, cell in enumerate(notebook.cells)
-        if cell.metadata.get("nbgrader", {}).get("grade")
-    }
+    without: set[str] = set()
     results: dict[str, dict] = {}
     while (left := deadline - time.monotonic()) > 0:
         lines = _run_once(notebook, min(cell_timeout, left), left)
@@ -235,12 +234,19 @@ def _judge(notebook, cell_timeout: float, total_timeout: float) -> tuple[Verdict
             results.setdefault(line["cell"], line)
         if stopped is None:
             break
-        index = next(i for i, cell in enumerate(notebook.cells) if cell.id == stopped["cell"])
-        notebook.cells[index].source = f"raise RuntimeError({stopped['message']!r})"
-    return tuple(_verdict(notebook, sources, results, index) for index in checks.values())
+        cell = next(cell for cell in notebook.cells if cell.id == stopped["cell"])
+        if cell.id in without:  # a thread of the learner's ends every kernel
+            break
+        without.add(cell.id)
+        cell.source = f"raise RuntimeError({stopped['message']!r})"
+    return tuple(
+        _verdict(notebook, results, index)
+        for index, cell in enumerate(notebook.cells)
+        if cell.metadata.get("nbgrader", {}).get("grade")
+    )
 
 
-def _run_once(notebook, cell_timeout: float, total_timeout: float) -> list[dict]:
+def _run_once(notebook, cell_timeout: int | float, total_timeout: int | float) -> list[dict]:
     """nbval's result for every cell that ran, in order. Leaves no process behind."""
     import nbformat
 
@@ -270,12 +276,10 @@ def _run_once(notebook, cell_timeout: float, total_timeout: float) -> list[dict]
             output, _ = process.communicate(timeout=total_timeout)
         except subprocess.TimeoutExpired:
             _kill_tree(process)
-            output = ""
+            output = "out of time"
         lines = [json.loads(line) for line in results.read_text().splitlines()]
-        require(
-            bool(lines) or process.returncode in (0, 1, -9),
-            f"nbval could not run the notebook:\n{output[-2000:]}",
-        )
+        if not lines and output != "out of time":
+            raise GradingFailed(f"nbval could not start the notebook:\n{output[-2000:]}")
         return lines
 
 
@@ -294,14 +298,14 @@ def _kill_tree(process: subprocess.Popen) -> None:
     process.communicate()
 
 
-def _verdict(notebook, sources: list[str], results: dict[str, dict], index: int) -> Verdict:
+def _verdict(notebook, results: dict[str, dict], index: int) -> Verdict:
     cell = notebook.cells[index]
     grading = cell.metadata.nbgrader
     exercise = exercise_of(grading.grade_id)
-    points = grading.get("points", 1)
+    points = int(grading.get("points", 1))
     result = results.get(cell.id)
     if result is None:
-        message = "not run: the notebook used up all its time"
+        message = "not run: the notebook used up its time, or its kernel kept dying"
     elif result["passed"]:
         return Verdict(exercise, points, points)
     else:
@@ -314,17 +318,17 @@ def _verdict(notebook, sources: list[str], results: dict[str, dict], index: int)
 
 
 def _own_failure(notebook, results: dict[str, dict], index: int) -> str:
-    """Why the exercise's own cell failed, if the check failed only for that."""
-    check = results[notebook.cells[index].id]
-    if not check["message"].startswith("NameError"):
+    """Why there was nothing to check, if the check failed only for that."""
+    message = results[notebook.cells[index].id]["message"]
+    if not message.startswith("NameError"):
         return ""
     exercise = exercise_of(grade_id(notebook.cells[index]))
     for cell in notebook.cells[:index]:
-        result = results.get(cell.id)
         own = grade_id(cell) and exercise_of(grade_id(cell)) == exercise
+        result = results.get(cell.id)
         if own and result and not result["passed"]:
             return f"its cell did not run: {result['message']}"
-    return ""
+    return f"no cell of this exercise defines what is checked ({message})"
 
 
 def table(scores: Sequence[Score]) -> str:
@@ -338,8 +342,8 @@ def table(scores: Sequence[Score]) -> str:
         lines = [score.file]
         for v in score.verdicts:
             state = "done" if v.earned == v.points else v.misconception or "not yet"
-            lines.append(f"  {v.exercise:{width}}  {v.earned:g}/{v.points:g}  {state}")
-        lines.append(f"  {'points':{width}}  {score.earned:g}/{score.points:g}")
+            lines.append(f"  {v.exercise:{width}}  {v.earned}/{v.points}  {state}")
+        lines.append(f"  {'points':{width}}  {score.earned}/{score.points}")
         for v in score.verdicts:
             if v.message:
                 lines.append(f"\n  {v.exercise}: {v.message}")

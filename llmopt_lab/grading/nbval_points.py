@@ -52,7 +52,7 @@ def _watch(kernel):
         kernel.stop()
         raise CellStopped(why, message)
 
-    def get_message(stream: str, timeout: float | None = None) -> dict:
+    def get_message(stream: str, timeout: int | float | None = None) -> dict:
         deadline = time.monotonic() + (float("inf") if timeout is None else timeout)
         while True:
             try:
