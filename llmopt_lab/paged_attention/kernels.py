@@ -16,10 +16,12 @@ prepare_triton()
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 LOG2_E = 1.4426950408889634     # exp(x) == exp2(x * LOG2_E), and exp2 is one instruction
 MIN_DOT_ROWS = 16               # tl.dot wants at least 16 rows: smaller groups are padded
 MAX_SPLITS = 128
+MAX_SPAN = 1024                 # tokens
 
 
 @triton.jit
@@ -32,8 +34,10 @@ def _decode_kernel(
     v_block, v_slot, v_head,
     table_seq,
     scale_log2,                     # LOG2_E * scale
+    span,                           # tokens a split, a multiple of TILE
     N_SPLITS: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,              # programmatic dependent launch: start before the previous kernel ends
 ):
     """One program: the GROUP query heads of one KV head over one split of one sequence's tokens."""
     kv_head = tl.program_id(0)
@@ -41,11 +45,15 @@ def _decode_kernel(
     seq = tl.program_id(2).to(tl.int64)
     n_heads = tl.num_programs(0) * GROUP
 
+    if PDL:
+        gdc_wait()                  # until what the previous kernel wrote is there
     length = tl.load(length_ptr + seq)
-    # splits are whole tiles; this one walks tokens [start, end)
-    span = tl.cdiv(tl.cdiv(length, TILE), N_SPLITS) * TILE
+    # this split walks tokens [start, end)
     start = split * span
     end = tl.minimum(start + span, length)
+    if N_SPLITS > 1:
+        if start >= end:
+            return                  # the merge does not read a split past the end
 
     row = tl.arange(0, ROWS)                                            # (ROWS,)  GROUP, padded
     head = kv_head * GROUP + row                                        # (ROWS,)
@@ -76,10 +84,10 @@ def _decode_kernel(
         acc += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)      # (ROWS, D)
         m = m_new
 
-    # no tokens (an empty sequence, or more splits than tiles): zeros, with weight exp(-inf) = 0
-    seen = total > 0
-    out = acc / tl.where(seen, total, 1.0)[:, None]
-    lse = tl.where(seen, m + tl.log2(tl.where(seen, total, 1.0)), -float("inf"))
+    if PDL:
+        gdc_launch_dependents()     # the merge may be put on the GPU now; it waits for our stores
+    out = acc / tl.where(total > 0, total, 1.0)[:, None]                # an empty sequence gives 0
+    lse = m + tl.log2(tl.maximum(total, 1e-30))                         # (ROWS,)
     at = (seq * n_heads + head) * N_SPLITS + split                      # (ROWS,)
     tl.store(out_ptr + at[:, None] * D + d, out, row_ok[:, None])
     if N_SPLITS > 1:
@@ -88,20 +96,26 @@ def _decode_kernel(
 
 @triton.jit
 def _merge_kernel(
-    part_ptr, lse_ptr, out_ptr,     # (batch * n_heads, n_splits, D), (.., n_splits), (.., D)
-    N_SPLITS: tl.constexpr, SPLITS: tl.constexpr, D: tl.constexpr,
+    part_ptr, lse_ptr, length_ptr,  # (batch, n_heads, n_splits, D), (batch, n_heads, n_splits), (batch,)
+    out_ptr,                        # (batch, n_heads, D)
+    span,
+    N_SPLITS: tl.constexpr, SPLITS: tl.constexpr, D: tl.constexpr, PDL: tl.constexpr,
 ):
     """One program: the splits of one query head, weighted by their share of the softmax's sum."""
-    head = tl.program_id(0).to(tl.int64)
+    seq = tl.program_id(1)
+    head = seq.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    n_used = tl.cdiv(tl.load(length_ptr + seq), span)
     split = tl.arange(0, SPLITS)                                        # (SPLITS,)  N_SPLITS, padded
     d = tl.arange(0, D)
-    ok = split < N_SPLITS
+    ok = split < n_used
+    if PDL:
+        gdc_wait()                  # until every split is stored
     lse = tl.load(lse_ptr + head * N_SPLITS + split, ok, other=-float("inf"))
-    top = tl.max(lse, axis=0)
-    weight = tl.exp2(lse - tl.where(top == -float("inf"), 0.0, top))    # (SPLITS,)  all 0 if empty
     part = tl.load(part_ptr + (head * N_SPLITS + split)[:, None] * D + d, ok[:, None], other=0.0)
+    top = tl.where(n_used > 0, tl.max(lse, axis=0), 0.0)
+    weight = tl.exp2(lse - top)                                         # (SPLITS,)  0 where unused
     total = tl.sum(weight, axis=0)
-    out = tl.sum(weight[:, None] * part, axis=0) / tl.where(total > 0, total, 1.0)
+    out = tl.sum(weight[:, None] * part, axis=0) / tl.where(n_used > 0, total, 1.0)
     tl.store(out_ptr + head * D + d, out)
 
 
@@ -146,46 +160,56 @@ def paged_attention_decode(
     if batch == 0:
         return out
     group = n_heads // n_kv_heads
-    tile, n_warps, n_stages = _tiling(q.dtype, d_head)
-    n_splits = choose_n_splits(batch * n_kv_heads, block_tables.shape[1] * block_size, tile)
+    tile, n_warps, n_stages = _tiling(q.dtype)
+    capacity = block_tables.shape[1] * block_size
+    span = choose_span(batch * n_kv_heads, capacity, tile)
+    n_splits = max(1, ceil_div(capacity, span))
     if n_splits == 1:
         part, lse = out, out    # one split is the result; the kernel writes no log-sum-exp then
     else:
         part = q.new_empty(batch, n_heads, n_splits, d_head, dtype=torch.float32)
         lse = q.new_empty(batch, n_heads, n_splits, dtype=torch.float32)
+    pdl = _has_dependent_launch(q.device)
     _decode_kernel[(n_kv_heads, n_splits, batch)](
         q, k_cache, v_cache, block_tables, lengths, part, lse,
-        q.stride(0), q.stride(1),
-        k_cache.stride(0), k_cache.stride(1), k_cache.stride(2),
-        v_cache.stride(0), v_cache.stride(1), v_cache.stride(2),
-        block_tables.stride(0),
-        scale * LOG2_E,
+        q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3],
+        block_tables.stride(0), scale * LOG2_E, span,
         N_SPLITS=n_splits, BLOCK_SIZE=block_size, GROUP=group,
         ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(group)), D=d_head, TILE=tile,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=n_stages,
-        num_warps=n_warps,
+        PDL=pdl, num_warps=n_warps, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     if n_splits > 1:
-        _merge_kernel[(batch * n_heads,)](
-            part, lse, out,
+        _merge_kernel[(n_heads, batch)](
+            part, lse, lengths, out, span,
             N_SPLITS=n_splits, SPLITS=triton.next_power_of_2(n_splits), D=d_head,
+            PDL=pdl, num_warps=1, **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
     return out
 
 
-def choose_n_splits(n_programs: int, max_tokens: int, tile: int) -> int:
-    """Splits per (sequence, KV head): enough programs to fill the GPU, none without a tile."""
+def choose_span(n_programs: int, capacity: int, tile: int) -> int:
+    """Tokens a split, a multiple of `tile`, for `n_programs` (sequence, KV head) pairs.
+
+    Short enough that every multiprocessor has its three programs, and at most MAX_SPAN, so that
+    one long sequence among short ones does not keep the GPU waiting.
+    """
     gpu = gpu_facts()
     n_sms = gpu.n_sms if gpu else 4     # the interpreter walks programs one by one: keep it short
-    wanted = ceil_div(4 * n_sms, max(n_programs, 1))
-    return max(1, min(wanted, ceil_div(max_tokens, tile), MAX_SPLITS))
+    wanted = max(1, 3 * n_sms // max(n_programs, 1))
+    span = min(ceil_div(capacity, wanted), MAX_SPAN)
+    span = max(span, ceil_div(capacity, MAX_SPLITS), 1)
+    return ceil_div(span, tile) * tile
 
 
-def _tiling(dtype: torch.dtype, d_head: int) -> tuple[int, int, int]:
-    """Tokens a tile, warps, pipeline stages."""
-    if dtype == torch.float32:
-        return 32, 4, 2
-    return 64, 4, 3
+def _tiling(dtype: torch.dtype) -> tuple[int, int, int]:
+    """Tokens a tile, warps, pipeline stages: 64 KiB on chip at d_head 128, three an H100's SM."""
+    return (32 if dtype == torch.float32 else 64), 4, 2
+
+
+def _has_dependent_launch(device: torch.device) -> bool:
+    """Programmatic dependent launch hides the start of a kernel behind the end of the last one."""
+    return device.type == "cuda" and torch.version.hip is None and gpu_facts().capability >= (9, 0)
 
 
 @triton.jit
