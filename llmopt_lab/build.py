@@ -122,7 +122,7 @@ def read_source(file: Path):
         BuildError: a cell breaks a rule of exercise notebooks, or two cells have one id.
     """
     root = find_root(file.parent)
-    notebook = jupytext.read(file)
+    notebook = jupytext.read(file, fmt="py:percent")  # else it may guess hydrogen, without magics
     kept = {key: notebook.metadata[key] for key in KEPT_METADATA if key in notebook.metadata}
     notebook.metadata = nbformat.from_dict(
         kept | {"kernelspec": KERNELSPEC, "language_info": {"name": "python"}}
