@@ -157,10 +157,10 @@ class GgufFile:
                     f"{self.path}: {name} is stored as {tensor.kind.name}, "
                     "which the gguf package cannot dequantize"
                 ) from unknown
-            if heads:
-                values = values.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
             if len(tensor.shape) == 1:
                 rows, values = slice(None), values[0]
+            if heads:
+                values = values.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
             yield rows, values
 
     def _heads_to_unpermute(self, name: str) -> int | None:
@@ -284,14 +284,18 @@ def _build_tokenizer(fields: dict, path: Path) -> Tokenizer:
         f"{path}: pre-tokenizer {pre!r} is not read from GGUF, only {', '.join(PRE_TOKENIZERS)}. "
         "Load the Hugging Face folder with its tokenizer.json instead.",
     )
+    for key in ("tokens", "merges"):
+        require(f"tokenizer.ggml.{key}" in fields, f"{path} lacks the field tokenizer.ggml.{key}")
     words = fields["tokenizer.ggml.tokens"]
-    tokenizer = Tokenizer(
-        models.BPE(
+    try:
+        bpe = models.BPE(
             vocab={word: token for token, word in enumerate(words)},
             merges=[tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]],
             ignore_merges=pre == "llama-bpe",
         )
-    )
+    except Exception as broken:  # the library raises nothing narrower
+        raise BadInput(f"{path} holds a damaged vocabulary: {broken}. Get it again.") from broken
+    tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre])
     tokenizer.decoder = decoders.ByteLevel()
     control, user_defined = 3, 4  # tokenizer.ggml.token_type

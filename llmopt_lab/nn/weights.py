@@ -16,7 +16,6 @@ from torch import Tensor
 from llmopt_lab.core.device import pick_device
 from llmopt_lab.core.errors import BadInput, Missing, require
 from llmopt_lab.nn.config import ModelConfig
-from llmopt_lab.nn.gguf_file import GgufFile
 from llmopt_lab.nn.transformer import Attend, FeedForward, SwiGLU, Transformer, causal_attention
 
 EMBEDDED = Path(__file__).parent / "models"
@@ -129,7 +128,12 @@ def load(
     Cost: the model's size in memory and a few percent more; one pass over the files.
     """
     place = _locate(name)
-    source = GgufFile(place) if place.suffix == ".gguf" else HfFolder(place)
+    if place.suffix == ".gguf":
+        from llmopt_lab.nn.gguf_file import GgufFile  # the gguf package, needed by no other model
+
+        source = GgufFile(place)
+    else:
+        source = HfFolder(place)
     with torch.device("meta"):
         model = Transformer(
             source.config,
@@ -145,10 +149,11 @@ def load(
     )
 
 
-def _fill(
-    model: Transformer, source: "GgufFile | HfFolder", device: torch.device, dtype: torch.dtype
-) -> Transformer:
-    """Give a model on the meta device its memory, and copy every tensor into it piece by piece."""
+def _fill(model: Transformer, source, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """Give a model on the meta device its memory, and copy every tensor into it piece by piece.
+
+    `source` is a GgufFile or an HfFolder.
+    """
     tied = model.lm_head is None
     shapes = {n: s for n, s in source.shapes.items() if not n.endswith("rotary_emb.inv_freq")}
     tied_copy = tied and shapes.pop("lm_head.weight", None) is not None
