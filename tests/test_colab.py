@@ -147,33 +147,21 @@ def test_every_notebook_has_its_badge_and_the_set_up_cell():
         assert "start()" in lines and len(lines) <= 8, path.name
 
 
-def test_the_set_up_cell_installs_only_what_is_missing():
-    """Run it with a `%pip` that only notes what it is asked, with the package and without it."""
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_set_up_cell_installs_only_what_is_missing(installed, monkeypatch):
+    """Run it with a `%pip` that only notes what it is asked."""
     from IPython.core.inputtransformer2 import TransformerManager
 
-    source = json.loads((ROOT / "notebooks" / "0_start_here.ipynb").read_text())["cells"]
-    cell = next("".join(c["source"]) for c in source if c["cell_type"] == "code")
-    program = TransformerManager().transform_cell(cell)
-    for missing in (False, True):
-        asked = []
+    cells = json.loads((ROOT / "notebooks" / "0_start_here.ipynb").read_text())["cells"]
+    cell = next("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    asked = []
 
-        class Shell:
-            def run_line_magic(self, name, line, asked=asked):
-                asked.append((name, line))
+    class Shell:
+        def run_line_magic(self, name, line):
+            asked.append((name, line))
 
-        namespace = {"get_ipython": Shell}
-        saved = sys.modules.get("llmopt_lab")
-        try:
-            if missing:
-                sys.modules["llmopt_lab"] = None  # import raises ModuleNotFoundError
-                with pytest.raises(
-                    ModuleNotFoundError
-                ):  # nothing was installed, so it goes on to fail
-                    exec(program, namespace)
-            else:
-                exec(program, namespace)
-        finally:
-            sys.modules["llmopt_lab"] = saved
-        assert bool(asked) == missing
-        if missing:
-            assert asked == [("pip", f'install -q "llmopt_lab @ git+{badges.repository()}"')]
+    if not installed:
+        monkeypatch.setitem(sys.modules, "llmopt_lab", None)  # its import raises
+    exec(TransformerManager().transform_cell(cell), {"get_ipython": Shell})
+    wanted = ("pip", f'install -q "llmopt_lab @ git+{badges.repository()}"')
+    assert asked == ([] if installed else [wanted])
