@@ -70,7 +70,7 @@ Predict(
 # ## 3. A moving picture (4 minutes)
 #
 # Below, the model reads the word *cache* and three more tokens; each leaves its key and value behind. Step through it with the buttons, the
-# slider, or, once the slider has the focus, the arrow keys, Home and End. The caption under the picture tells the whole story in words, too.
+# slider, or, once the slider has the focus, the arrow keys, Home and End. The caption above the picture tells the whole story in words.
 #
 # A picture is plain data: a list of frames, each with a caption and a few panels. Here they are made by hand. In the chapters they are made from a
 # recorded run of the algorithm, with the line of source that did each step beside them. The same player can show your own function's run.
@@ -85,15 +85,17 @@ bytes_per_token = 2 * n_layers * n_kv_heads * d_head * nbytes
 
 def frame_after(n_tokens):
     """The KV cache after `n_tokens` of the text, the newest one marked."""
-    kept = [
-        Cell(tokens[i], "new" if i == n_tokens - 1 else "active") if i < n_tokens else Cell()
-        for i in range(len(tokens))
-    ]
+    cells = [Cell(token, "active") for token in tokens[:n_tokens]]
+    cells += [Cell()] * (len(tokens) - n_tokens)
+    newest = "nothing to keep yet."
+    if n_tokens:
+        cells[n_tokens - 1] = Cell(tokens[n_tokens - 1], "new")
+        newest = f"it keeps the key and the value of {tokens[n_tokens - 1]!r}."
+    rows = (tuple(cells), tuple(cells))
     return Frame(
-        caption=f"The model has read {n_tokens} of {len(tokens)} tokens: "
-        + (f"it keeps the key and value of {tokens[n_tokens - 1]!r}." if n_tokens else "the cache is empty."),
+        caption=f"The model has read {n_tokens} of {len(tokens)} tokens: {newest}",
         panels=(
-            Grid("KV cache of one request", ("keys", "values"), (tuple(kept), tuple(kept))),
+            Grid("KV cache of one request", ("keys", "values"), rows),
             Meter("memory", n_tokens * bytes_per_token, "bytes"),
         ),
     )
@@ -110,8 +112,8 @@ Player([frame_after(n) for n in range(len(tokens) + 1)], title="A KV cache grows
 # Each chapter has a notebook of exercises with the same number, in the folder `exercises`. It has cells to fill in:
 #
 # ```python
-# def n_blocks(n_tokens, block_size):
-#     """How many blocks hold n_tokens?"""
+# def slot_mapping(block_table, n_tokens, block_size):
+#     """The slot in the cache of each of a request's tokens."""
 #     # YOUR CODE HERE
 #     raise NotImplementedError()
 # ```
@@ -119,7 +121,7 @@ Player([frame_after(n) for n in range(len(tokens) + 1)], title="A KV cache grows
 # and after each a locked cell that checks what you wrote. Run it. It says *done*, or what is wrong with the values you got and where to look next.
 # A check makes new inputs each time, so it can't be fooled by an answer that fits one example.
 #
-# - **Stuck?** `hint("paged_attention.n_blocks", 1)` gives the first hint, `2` the second, stronger one. Hints cost no points.
+# - **Stuck?** `hint("paged_attention.slot_mapping", 1)` gives the first hint, `2` the second, stronger one. Hints cost no points.
 # - **Your score:** in a terminal, `llmopt grade exercises/1_paged_attention.ipynb` prints your points for each exercise, and the next hint. It runs
 #   a copy of your notebook: an endless loop or a crash costs that exercise and nothing else.
 # - **A second opinion:** `solutions` has the same notebook, solved. There is more than one right answer; a check accepts all of them.
