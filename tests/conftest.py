@@ -41,6 +41,15 @@ def pytest_report_header(config):
     return f"torch {torch.__version__}, GPU: {device}, kernels: Triton's {mode}"
 
 
+def pytest_ignore_collect(collection_path, config):
+    """`-m gpu` opens only files with such tests: GPU machines lack what the others import."""
+    if config.option.markexpr != "gpu":
+        return None
+    folder = collection_path.is_dir()
+    files = collection_path.rglob("test_*.py") if folder else [collection_path]
+    return None if any("mark.gpu" in file.read_text() for file in files) else True
+
+
 def pytest_collection_modifyitems(config, items):
     """Leave `gpu` tests out where they cannot run."""
     if HAS_GPU and not interpreting():

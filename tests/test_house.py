@@ -529,6 +529,14 @@ def run_pytest(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
+def test_asking_for_gpu_tests_opens_no_file_without_one(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("test_needs_more.py", "sub/conftest.py", "sub/test_needs_more.py"):
+        (tmp_path / name).write_text("import no_such_package_as_this\n")
+    out = run_pytest(tmp_path, "-m", "gpu")
+    assert "error" not in out and "3 GPU tests were left out" in out, out
+
+
 @pytest.mark.parametrize("parallel", [(), ("-n", "2", "--dist", "loadfile")])
 def test_skips_fail_where_asked_and_gpu_tests_are_left_out_aloud(parallel, tmp_path):
     out = run_pytest(tmp_path, *parallel)
