@@ -235,7 +235,7 @@ def test_equal_values_are_accepted(got, want):
     ("got", "want", "text"),
     [
         (T([[1, 2], [3, 5]]), T([[1, 2], [4, 6]]), "x[1, 0] is 3, expected 4; 2 of 4 values"),
-        (T([nan, 2.0, nan]), T([1.0, 2.0, 3.0]), "is nan, expected 1; 2 of 3 values differ, 2 of 3"),
+        (T([nan, 2.0, nan]), T([1.0, 2.0, 3.0]), "is nan, expected 1; 2 of 3 values differ, 2 of"),
         (T([1.0]), T([1.001]), "x[0] is 1, expected 1.001"),
         (T([2**60 + 1]), T([2**60]), "x[0] is 1152921504606846977, expected 1152921504606846976"),
         (T([True, False]), T([True, True]), "x[1] is False, expected True"),
