@@ -26,6 +26,7 @@ from llmopt_lab.widgets.panels import (
     Tokens,
 )
 
+MIN_WIDTH = 320  # px: room for a legend
 PAGE_WIDTH = 680  # px: panels stand side by side up to this width
 CARD_PAD = 18
 GAP = 24
@@ -65,7 +66,7 @@ def draw_series(frames: Sequence[Frame], *, width: int = PAGE_WIDTH) -> list[tup
     for frame in frames:
         _check(frame)
     placed = _place(frames, width)
-    content = max(room.x + room.width for rooms in placed for room in rooms)
+    content = max([MIN_WIDTH] + [room.x + room.width for rooms in placed for room in rooms])
     legend = _legend(frames, content)
     floor = max(room.y + room.height for rooms in placed for room in rooms)
     height = floor + (GAP + legend.height if legend.pieces else 0)

@@ -10,46 +10,10 @@ const ICONS = {
 };
 const SPEEDS = [["slow", 2000], ["normal", 1000], ["fast", 400], ["very fast", 120]];
 
-function element(tag, properties = {}, ...children) {
-  const node = Object.assign(document.createElement(tag), properties);
-  node.append(...children);
-  return node;
-}
-
-// JupyterLab listens before the page does; this attribute on the focused element is what it heeds.
-function focusable(node) {
-  node.dataset.lmSuppressShortcuts = "true";
-  return node;
-}
-
 function setIcon(button, name, label) {
   button.innerHTML = `<svg viewBox="0 0 16 16" aria-hidden="true"><path d="${ICONS[name]}"/></svg>`;
   button.setAttribute("aria-label", label);
   button.title = label;
-}
-
-function watchTheme(root, host) {
-  // the page's own text colour tells what it is, in any front end
-  const follow = () => {
-    const rgb = getComputedStyle(host).color.match(/[\d.]+/g);
-    const dark = rgb !== null && 0.3 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2] > 128;
-    root.classList.toggle("lm-dark", dark);
-    root.classList.toggle("lm-light", !dark);
-  };
-  const attributes = new MutationObserver(follow);
-  for (const node of [document.documentElement, document.body]) {
-    attributes.observe(node, { attributes: true });
-  }
-  const shown = new ResizeObserver(follow); // the first time: when the widget enters the page
-  shown.observe(host);
-  const system = matchMedia("(prefers-color-scheme: dark)");
-  system.addEventListener("change", follow);
-  follow();
-  return () => {
-    attributes.disconnect();
-    shown.disconnect();
-    system.removeEventListener("change", follow);
-  };
 }
 
 function makeSide(frames, label, pieces, listings) {

@@ -39,8 +39,8 @@ class Player(anywidget.AnyWidget):
             than 1 MiB to send.
     """
 
-    _esm = HERE / "player.js"
-    _css = (HERE / "player.css").read_text() + PLAYER_CSS
+    _esm = (HERE / "page.js").read_text() + (HERE / "player.js").read_text()
+    _css = (HERE / "page.css").read_text() + PLAYER_CSS
     _ipython_display_ = None  # that of ipywidgets 7 would win over the bundle and its picture
 
     position = traitlets.Int(0).tag(sync=True)

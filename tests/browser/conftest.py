@@ -1,11 +1,11 @@
 """A real JupyterLab in a real Chromium, for tests that look at what a learner sees.
 
-    def test_something(open_lab):
-        lab = open_lab(path_or_notebook)
-        lab.run_all()
-        lab.page.locator(".lm-player")...          # playwright's page
-        lab.screenshot("something")                # into the test's temporary folder
-        assert lab.errors == []
+def test_something(open_lab):
+    lab = open_lab(path_or_notebook)
+    lab.run_all()
+    lab.page.locator(".lm-player")...          # playwright's page
+    lab.screenshot("something")                # into the test's temporary folder
+    assert lab.errors == []
 """
 
 import json
