@@ -9,8 +9,9 @@
 # # Start here
 # {{colab_badge}}
 #
-# Seven techniques make large language models cheaper to run. In this course you take each one apart: you predict what it will do, watch it
-# happen step by step, use it on a real model, build its heart yourself, and find out where it loses.
+# Seven techniques make large language models cheaper to run. In this course you take each one
+# apart: you predict what it will do, watch it happen step by step, use it on a real model, build
+# its heart yourself, and find out where it loses.
 #
 # This page shows you the tools that every chapter uses. It takes 15 minutes.
 #
@@ -22,14 +23,15 @@
 # | 4. Exercises, hints and points | 5 |
 # | 5. Where to go | 2 |
 #
-# The first cell of each notebook is always the same. It installs the course where it is missing, as on Colab, and says in one line what
-# your session has and what that means for you.
+# The first cell of each notebook is always the same. It installs the course where it is missing, as
+# on Colab, and says in one line what your session has and what that means for you.
 
 # %% tags=["setup", "timing", "NBVAL_IGNORE_OUTPUT"]
 try:
     import llmopt_lab
-except ModuleNotFoundError:
-    # %pip install -q "llmopt_lab @ git+{{repository}}"
+except ModuleNotFoundError:  # on Colab, for instance
+    get_ipython().run_line_magic("pip", 'install -q "llmopt_lab @ git+{{repository}}"')
+
 from llmopt_lab.core.session import start
 
 start()
@@ -37,20 +39,23 @@ start()
 # %% [markdown]
 # ## 1. This session (1 minute)
 #
-# Read the line above from left to right: the version of the course, your GPU, the versions it runs with, and, last, what does not work here
-# or works more slowly. You need no GPU: each kernel also runs in Triton's CPU interpreter, which gives the right numbers slowly, and each
-# benchmark comes with results recorded on an H100.
+# Read the line above from left to right: the version of the course, your GPU, the versions it runs
+# with, and, last, what does not work here or works more slowly. You need no GPU: each kernel also
+# runs in Triton's CPU interpreter, which gives the right numbers slowly, and each benchmark comes
+# with results recorded on an H100.
 #
-# Something is wrong? In a terminal, `llmopt doctor` (or `.venv/bin/llmopt doctor`) names it and says what to do.
+# Something is wrong? In a terminal, `llmopt doctor` (or `.venv/bin/llmopt doctor`) names it and
+# says what to do.
 
 # %% [markdown]
 # ## 2. A prediction (3 minutes)
 #
-# You learn more from a result when you have said beforehand what you expect. Each chapter asks you first. Your answer locks before the right
-# one shows, and nobody else sees it.
+# You learn more from a result when you have said beforehand what you expect. Each chapter asks you
+# first. Your answer locks before the right one shows, and nobody else sees it.
 #
-# SmolLM2-135M is the small model of this course: 30 layers, and in each layer 3 key heads and 3 value heads of width 64. While it writes, it keeps
-# one key and one value for every token it has seen, in 2 bytes a number. That store is the *KV cache*.
+# SmolLM2-135M is the small model of this course: 30 layers, and in each layer 3 key heads and 3
+# value heads of width 64. While it writes, it keeps one key and one value for every token it has
+# seen, in 2 bytes a number. That store is the *KV cache*.
 
 # %%
 from llmopt_lab.widgets.predict import Predict
@@ -69,11 +74,13 @@ Predict(
 # %% [markdown]
 # ## 3. A moving picture (4 minutes)
 #
-# Below, the model reads the word *cache* and three more tokens; each leaves its key and value behind. Step through it with the buttons, the
-# slider, or, once the slider has the focus, the arrow keys, Home and End. The caption above the picture tells the whole story in words.
+# Below, the model reads the word *cache* and three more tokens; each leaves its key and value
+# behind. Step through it with the buttons, the slider, or, once the slider has the focus, the arrow
+# keys, Home and End. The caption above the picture tells the whole story in words.
 #
-# A picture is plain data: a list of frames, each with a caption and a few panels. Here they are made by hand. In the chapters they are made from a
-# recorded run of the algorithm, with the line of source that did each step beside them. The same player can show your own function's run.
+# A picture is plain data: a list of frames, each with a caption and a few panels. Here they are
+# made by hand. In the chapters they are made from a recorded run of the algorithm, with the line of
+# source that did each step beside them. The same player can show your own function's run.
 
 # %%
 from llmopt_lab.widgets.panels import Cell, Frame, Grid, Meter
@@ -109,7 +116,8 @@ Player([frame_after(n) for n in range(len(tokens) + 1)], title="A KV cache grows
 # %% [markdown]
 # ## 4. Exercises, hints and points (5 minutes)
 #
-# Each chapter has a notebook of exercises with the same number, in the folder `exercises`. It has cells to fill in:
+# Each chapter has a notebook of exercises with the same number, in the folder `exercises`. It has
+# cells to fill in:
 #
 # ```python
 # def slot_mapping(block_table, n_tokens, block_size):
@@ -118,13 +126,17 @@ Player([frame_after(n) for n in range(len(tokens) + 1)], title="A KV cache grows
 #     raise NotImplementedError()
 # ```
 #
-# and after each a locked cell that checks what you wrote. Run it. It says *done*, or what is wrong with the values you got and where to look next.
-# A check makes new inputs each time, so it can't be fooled by an answer that fits one example.
+# and after each a locked cell that checks what you wrote. Run it. It says *done*, or what is wrong
+# with the values you got and where to look next. A check makes new inputs each time, so it can't be
+# fooled by an answer that fits one example.
 #
-# - **Stuck?** `hint("paged_attention.slot_mapping", 1)` gives the first hint, `2` the second, stronger one. Hints cost no points.
-# - **Your score:** in a terminal, `llmopt grade exercises/1_paged_attention.ipynb` prints your points for each exercise, and the next hint. It runs
-#   a copy of your notebook: an endless loop or a crash costs that exercise and nothing else.
-# - **A second opinion:** `solutions` has the same notebook, solved. There is more than one right answer; a check accepts all of them.
+# - **Stuck?** `hint("paged_attention.slot_mapping", 1)` gives the first hint, `2` the second,
+#   stronger one. Hints cost no points.
+# - **Your score:** in a terminal, `llmopt grade exercises/1_paged_attention.ipynb` prints your
+#   points for each exercise, and the next hint. It runs a copy of your notebook: an endless loop or
+#   a crash costs that exercise and nothing else.
+# - **A second opinion:** `solutions` has the same notebook, solved. There is more than one right
+#   answer; a check accepts all of them.
 
 # %% [markdown]
 # ## 5. Where to go (2 minutes)
@@ -139,4 +151,5 @@ Player([frame_after(n) for n in range(len(tokens) + 1)], title="A KV cache grows
 # | 6. Distillation | what a small model learns from a large one's doubts |
 # | 7. Speculative decoding | how a wrong guess can make the right answer come sooner |
 #
-# The chapters can be read in any order, but chapter 1 explains the most on the way. The README says which of them are there yet.
+# The chapters can be read in any order, but chapter 1 explains the most on the way. The README says
+# which of them are there yet.
