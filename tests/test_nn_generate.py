@@ -172,6 +172,13 @@ def test_generation_takes_a_cache_of_the_callers():
     assert cache.length == 5 + 8 - 1  # the last token was never fed
 
 
+def test_generation_refuses_a_cache_that_holds_another_text():
+    model, cache = build(), cache_of(20)
+    feed(model, cache, tokens_of(2), [2])
+    with pytest.raises(BadInput, match="holds 2 tokens"):
+        generate(model, tokens_of(5)[0], 3, cache=cache)
+
+
 def test_no_new_tokens_gives_the_prompt_back():
     prompt = tokens_of(5)[0]
     assert torch.equal(generate(build(), prompt, 0), prompt)
@@ -228,6 +235,10 @@ P = torch.tensor([0.2, 0.4, 0.1, 0.3], dtype=torch.float64)
 def test_the_sampled_distribution_is_the_defined_one(settings, want):
     got = to_probabilities(P.log(), **settings)
     assert_close(got, torch.tensor(want, dtype=torch.float64))
+
+
+def test_a_nucleus_ends_when_its_mass_is_reached():
+    assert to_probabilities(torch.zeros(4), top_p=0.5).tolist() == [0.5, 0.5, 0, 0]
 
 
 def test_a_tie_goes_to_the_first_token():

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import unicodedata
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -22,6 +23,7 @@ from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.errors import BadInput
 from llmopt_lab.nn import weights
 from llmopt_lab.nn.generate import generate
+from llmopt_lab.nn.gguf_file import _build_tokenizer
 from llmopt_lab.nn.weights import load
 
 transformers = pytest.importorskip("transformers")
@@ -187,6 +189,36 @@ def test_named_pre_tokenizers_cut_text_as_in_transformers(pre, tmp_path):
         want = oracle.backend_tokenizer.encode(text).ids
         assert lm.encode(text).tolist() == want, text
         assert lm.decode(want) == text
+
+
+def test_llama_3_takes_a_whole_word_of_the_vocabulary_before_any_merge():
+    fields = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": ["a", "b", "c", "ab", "abc"],
+        "tokenizer.ggml.merges": ["a b"],
+    }
+    for pre, want in [("llama-bpe", [4]), ("gpt-2", [3, 2])]:
+        tokenizer = _build_tokenizer(fields | {"tokenizer.ggml.pre": pre}, Path("m.gguf"))
+        assert tokenizer.encode("abc").ids == want
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tokenizer.ggml.tokens": None}, "lacks the field tokenizer.ggml.tokens"),
+        ({"tokenizer.ggml.merges": ["a z"]}, "damaged vocabulary"),
+        ({"tokenizer.ggml.model": "llama"}, "'llama' is not read .*tokenizer.json"),
+    ],
+)
+def test_a_vocabulary_that_cannot_work_is_refused(change, said):
+    fields = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": ["a", "b"],
+        "tokenizer.ggml.merges": [],
+    }
+    fields = {key: value for key, value in (fields | change).items() if value is not None}
+    with pytest.raises(BadInput, match=said):
+        _build_tokenizer(fields, Path("m.gguf"))
 
 
 def test_a_leading_token_is_added_where_the_file_says_so(tmp_path):

@@ -6,7 +6,12 @@ Needs no network: random tiny models of each family are made and saved by transf
 import json
 import os
 import socket
+import subprocess
+import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -431,6 +436,73 @@ def test_a_network_that_never_answers_costs_seconds_not_minutes(hub_cache, monke
         with pytest.raises(Missing, match="does not answer"):
             load("some/model")
         assert time.perf_counter() - start < 10
+
+
+class SmallHub(BaseHTTPRequestHandler):
+    """As much of the hub's protocol as a download needs, serving one folder as some/model."""
+
+    folder: Path
+    commit = "1" * 40
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        name = path.rsplit("/", 1)[-1]
+        if path.startswith("/api/models/some/model/tree/"):
+            files = [
+                {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name}
+                for f in self.folder.iterdir()
+            ]
+            body = json.dumps(files).encode()
+        elif path.startswith("/api/models/some/model"):
+            siblings = [{"rfilename": f.name} for f in self.folder.iterdir()]
+            info = {"id": "some/model", "sha": self.commit, "siblings": siblings}
+            body = json.dumps(info).encode()
+        elif path.startswith("/some/model/resolve/"):
+            body = (self.folder / name).read_bytes()
+        else:
+            body = b""
+        self.send_response(200 if body or path == "/" else 404)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{name}"')
+        self.send_header("X-Repo-Commit", self.commit)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_model_is_downloaded_with_a_progress_bar_and_then_cached(llama_folder, tmp_path):
+    (llama_folder / "pytorch_model.bin").write_bytes(b"not wanted")
+    hub = type("Hub", (SmallHub,), {"folder": llama_folder})
+    script = (
+        "import torch; from llmopt_lab.nn import load; lm = load('some/model', device='cpu');"
+        "print(float(lm.model(torch.tensor([[5, 6, 7]])).double().sum()))"
+    )
+
+    def run(endpoint: str):
+        given = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")}
+        given |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
+        return subprocess.run(
+            [sys.executable, "-c", script], env=given, capture_output=True, text=True, timeout=120
+        )
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        first = run(endpoint)
+        server.shutdown()
+    assert first.returncode == 0, first.stderr
+    want = make_hf("llama")(torch.tensor([[5, 6, 7]])).logits.double().sum()
+    assert abs(float(first.stdout) - float(want)) < 1e-3
+    assert "100%" in first.stderr
+    assert not list((tmp_path / "home").rglob("*.bin"))
+    second = run(endpoint)  # nobody answers there any more
+    assert second.stdout == first.stdout, second.stderr
 
 
 def test_the_config_survives_the_trip_through_transformers(tmp_path):

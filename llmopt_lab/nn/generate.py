@@ -227,6 +227,8 @@ def generate(
     )
     _check_sampling(temperature, top_k, top_p)
     require(temperature == 0 or rng is not None, "a temperature above 0 needs rng=torch.Generator")
+    held = getattr(cache, "length", 0)
+    require(held == 0, f"the cache must be empty: it holds {held} tokens; truncate(0) empties it")
     stop = {eos} if isinstance(eos, int) else set(eos or ())
 
     device = prompt_tokens.device
