@@ -302,7 +302,7 @@ def _clean(output, root: Path) -> str:
                 output.data[kind] = text.replace(f"{root}{os.sep}", "")
         texts = [t for k, t in output.data.items() if k.startswith("text/") and isinstance(t, str)]
     for text in texts:
-        if address := re.search(r"<[^<>]* at 0x[0-9a-f]{6,}>", text):
+        if address := re.search(r"(<|&lt;)[^<>&]* at 0x[0-9a-f]{6,}", text):
             return f"it shows an address, which differs in every run: {address[0]}"
     return ""
 

@@ -143,6 +143,11 @@ def test_a_timing_cell_keeps_its_output_until_its_source_changes_or_refresh(less
         ("import os\nos._exit(3)", r"cell 2 .*[Kk]ernel died"),
         ("object()", r"cell 2 .*shows an address, .*<object at 0x"),
         ("print(object())", r"cell 2 .*shows an address"),
+        (
+            "from IPython.display import HTML\nimport html\n\nHTML(html.escape(repr(math)) + "
+            "html.escape(repr(object())))",
+            r"cell 2 .*shows an address",
+        ),
     ],
 )
 def test_a_lesson_that_does_not_run_clean_is_refused_by_cell(lesson, cell, complaint):

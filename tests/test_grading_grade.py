@@ -256,6 +256,15 @@ def test_bad_arguments_are_refused_before_any_work(settings, complaint):
         grade(**{"paths": ["a.ipynb"], "exercises": EXERCISES, **settings})
 
 
+def test_a_result_that_cannot_be_written_is_refused_before_any_work(tmp_path):
+    with pytest.raises(BadInput, match="out must be a folder"):
+        grade(["a.ipynb"], exercises=EXERCISES, out=EXERCISES / "0_demo.ipynb")
+    parser = argparse.ArgumentParser()
+    grading.add_arguments(parser)
+    with pytest.raises(BadInput, match="there is no folder"):
+        grading.run(parser.parse_args(["a.ipynb", "--json", str(tmp_path / "no" / "s.json")]))
+
+
 CANONICAL = nbformat.read(EXERCISES / "0_demo.ipynb", 4)
 ORDER = ["setup", "demo-ceil_div", "demo-ceil_div-check", "demo-running_total",
          "demo-running_total-check", "demo-n_bytes", "demo-n_bytes-check"]  # fmt: skip

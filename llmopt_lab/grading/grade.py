@@ -25,6 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from llmopt_lab.core.errors import BadInput, LabError, Missing, require
 from llmopt_lab.grading.nbval_points import exercise_of, read_message
 
@@ -93,6 +95,10 @@ def grade(
     )
     if importlib.util.find_spec("nbval") is None:
         raise Missing("grading runs notebooks with nbval. Run: pip install llmopt_lab[lab]")
+    require(
+        out is None or not Path(out).exists() or Path(out).is_dir(),
+        f"out must be a folder; {out} is a file",
+    )
     canonical = read_canonical(Path(exercises))
 
     def grade_one(path: str | Path) -> Score:
@@ -103,7 +109,8 @@ def grade(
             return Score(str(path), error=str(error))
 
     with ThreadPoolExecutor(jobs) as pool:
-        scores = list(pool.map(grade_one, paths))
+        graded = pool.map(grade_one, paths)
+        scores = list(tqdm(graded, "grading", len(paths), unit="notebook", disable=None))
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
         write_json(scores, Path(out) / "scores.json")
@@ -406,6 +413,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Grade and print. Returns 0 if every point was earned, 1 if not, 2 if a file is unreadable."""
+    for file in filter(None, (args.json, args.junit)):
+        require(file.parent.is_dir(), f"cannot write {file}: there is no folder {file.parent}")
     scores = grade(
         args.files,
         cell_timeout=args.cell_timeout,
