@@ -26,6 +26,7 @@ from llmopt_lab.widgets.panels import (
     Tokens,
 )
 
+Px = float | int
 MIN_WIDTH = 320  # px: room for a legend
 PAGE_WIDTH = 680  # px: panels stand side by side up to this width
 CARD_PAD = 18
@@ -196,14 +197,14 @@ def _tones(panel: Panel) -> Iterator[str]:
 class Room:
     """The place a panel keeps through a series, and the sizes its frames agreed on."""
 
-    width: float
-    height: float = 0
-    x: float = 0
-    y: float = 0
-    label: float = 0  # width of the labels on the left
-    cell: float = 0  # width of a grid's cell
-    cell_height: float = 0
-    span: tuple[float, float] = (0, 1)  # values at the left and right end of the scale
+    width: Px
+    height: Px = 0
+    x: Px = 0
+    y: Px = 0
+    label: Px = 0  # width of the labels on the left
+    cell: Px = 0  # width of a grid's cell
+    cell_height: Px = 0
+    span: tuple[float | int, float | int] = (0, 1)  # values at the left and right end of the scale
 
 
 def _place(frames: Sequence[Frame], width: int) -> list[list[Room]]:
@@ -249,15 +250,15 @@ class Row:
     """Rooms side by side."""
 
     rooms: list[Room]
-    gap: float
+    gap: Px
 
     @property
-    def width(self) -> float:
+    def width(self) -> Px:
         return sum(room.width for room in self.rooms) + self.gap * (len(self.rooms) - 1)
 
 
 def _rows(
-    kinds: tuple[type, ...], rooms: list[Room], gaps: dict[type, float], width: float
+    kinds: tuple[type, ...], rooms: list[Room], gaps: dict[type, int], width: Px
 ) -> list[Row]:
     """Neighbouring grids, or neighbouring meters, share a row while they fit."""
     rows: list[Row] = []
@@ -273,7 +274,7 @@ def _rows(
     return rows
 
 
-def _measure(slot: list, width: float) -> Room:
+def _measure(slot: list, width: Px) -> Room:
     """The width that the panels of one slot want."""
     titles = max(_wide(panel.title, SANS_EM) for panel in slot)
     match slot[0]:
@@ -324,13 +325,13 @@ def _fill(room: Room, slot: list) -> None:
             room.height = TITLE_HEIGHT + 36 * lines - 6
 
 
-def _top(panel: Bars) -> float:
+def _top(panel: Bars) -> Px:
     top = max((bar.value for bar in panel.bars), default=0) if panel.top is None else panel.top
     return top if top > 0 else 1
 
 
 def _picture(
-    frame: Frame, rooms: list[Room], legend: "Legend", floor: float, width: float, height: float
+    frame: Frame, rooms: list[Room], legend: "Legend", floor: Px, width: Px, height: Px
 ) -> Iterator[str]:
     w, h = math.ceil(width + 2 * CARD_PAD), math.ceil(height + 2 * CARD_PAD)
     yield (
@@ -382,9 +383,10 @@ def _grid(grid: Grid, room: Room) -> Iterator[str]:
         )
 
 
-def _cell(cell: Cell, x: float, y: float, room: Room) -> str:
+def _cell(cell: Cell, x: Px, y: Px, room: Room) -> str:
     width, height = room.cell, room.cell_height
-    note = cell.note or cell.text
+    clipped = _clip(cell.text, width - 6, MONO_EM) != cell.text
+    note = cell.note or (cell.text if clipped else "")
     title = f"<title>{_xml(note)}</title>" if note else ""
     if not cell.text:
         mark = _mark(cell.tone, x + width / 2, y + height / 2)
@@ -409,19 +411,16 @@ def _grid_words(grid: Grid, room: Room) -> Iterator[str]:
         )
 
 
-def _cell_word(cell: Cell, x: float, y: float, room: Room) -> str:
+def _cell_word(cell: Cell, x: Px, y: Px, room: Room) -> str:
     shown = _clip(cell.text, room.cell - 6, MONO_EM)
     if not shown:
         return ""
     drop = 2.5 if LOOKS[cell.tone].mark and room.cell_height > 30 else 0  # clear of the mark
     place = f'x="{_n(x)}" y="{_n(y + drop)}"'
-    return (
-        f'<g class="lm-{cell.tone} lm-w"><text class="lm-c" text-anchor="middle" {place}>'
-        f"{_xml(shown)}</text></g>"
-    )
+    return f'<text class="lm-c lm-w lm-{cell.tone}" {place}>{_xml(shown)}</text>'
 
 
-def _cell_corner(grid: Grid, room: Room, row: int, column: int) -> tuple[float, float]:
+def _cell_corner(grid: Grid, room: Room, row: int, column: int) -> tuple[Px, Px]:
     """Where a cell starts, within its grid's room."""
     top = TITLE_HEIGHT + (20 if grid.column_labels else 0)
     return room.label + column * (room.cell + 4), top + row * (room.cell_height + 4)
@@ -451,7 +450,7 @@ def _lanes(lanes: Lanes, room: Room) -> Iterator[str]:
     left, right = room.label, room.width - 8
     bottom = TITLE_HEIGHT + 36 * len(lanes.lanes)
 
-    def at(time: float) -> float:
+    def at(time: Px) -> Px:
         return left + (time - first) / (last - first) * (right - left)
 
     ticks = [(t, at(t)) for t in _ticks(first, last, max(2, int((right - left) / 70)))]
@@ -473,7 +472,7 @@ def _lanes(lanes: Lanes, room: Room) -> Iterator[str]:
         )
 
 
-def _span(text: str, tone: str, x: float, y: float, width: float, note: str = "") -> str:
+def _span(text: str, tone: str, x: Px, y: Px, width: Px, note: str = "") -> str:
     marked = bool(LOOKS[tone].mark) and width >= 20
     shown = _clip(text, width - 8 - 16 * marked, MONO_EM)
     note = note or text
@@ -525,7 +524,7 @@ def _tokens(tokens: Tokens, room: Room) -> Iterator[str]:
         )
 
 
-def _lines(tokens: Tokens, width: float) -> list[list[tuple]]:
+def _lines(tokens: Tokens, width: Px) -> list[list[tuple]]:
     """Tokens broken into lines of (token, text shown, x, width of its box)."""
     lines: list[list[tuple]] = [[]]
     x = 0.0
@@ -584,10 +583,10 @@ def _arrow(a: Room, b: Room, sideways: bool) -> str:
 @dataclass
 class Legend:
     pieces: list[str]
-    height: float
+    height: Px
 
 
-def _legend(frames: Sequence[Frame], width: float) -> Legend:
+def _legend(frames: Sequence[Frame], width: Px) -> Legend:
     """What each tone of the series means, on one or more lines."""
     panels = [p for frame in frames for p in frame.panels if not isinstance(p, Meter)]
     used = {tone for panel in panels for tone in _tones(panel)}
@@ -607,19 +606,19 @@ def _legend(frames: Sequence[Frame], width: float) -> Legend:
     return Legend(pieces, y + 16)
 
 
-def _box(x: float, y: float, width: float, height: float, radius: float = 5) -> str:
+def _box(x: Px, y: Px, width: Px, height: Px, radius: Px = 5) -> str:
     return (
         f'<rect class="lm-f" x="{_n(x)}" y="{_n(y)}" width="{_n(width)}" height="{_n(height)}" '
         f'rx="{_n(min(radius, width / 2))}"/>'
     )
 
 
-def _mark(tone: str, x: float, y: float) -> str:
+def _mark(tone: str, x: Px, y: Px) -> str:
     mark = LOOKS[tone].mark
     return f'<path class="lm-g" d="M{_n(x)} {_n(y)}{mark}"/>' if mark else ""
 
 
-def _text(text: str, x: float, y: float, width: float, kind: str, anchor: str = "") -> str:
+def _text(text: str, x: Px, y: Px, width: Px, kind: str, anchor: str = "") -> str:
     """A line of text of at most `width` pixels; when clipped, the whole of it is its title."""
     if not text:
         return ""
@@ -631,7 +630,7 @@ def _text(text: str, x: float, y: float, width: float, kind: str, anchor: str = 
     return f'<text{kind} x="{_n(x)}" y="{_n(y)}"{anchor}>{_xml(shown)}{whole}</text>'
 
 
-def _wide(text: str, em: float, size: float = 13) -> float:
+def _wide(text: str, em: Px, size: Px = 13) -> Px:
     """About how many pixels a text takes."""
     return em * size * sum(_columns(character) for character in text)
 
@@ -642,7 +641,7 @@ def _columns(character: str) -> int:
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
-def _clip(text: str, width: float, em: float, size: float = 13) -> str:
+def _clip(text: str, width: Px, em: Px, size: Px = 13) -> str:
     """`text`, or as much of it as fits into `width` pixels and an ellipsis."""
     room = int(width / (em * size) + 1e-6)
     if sum(map(_columns, text)) <= room:
@@ -662,7 +661,7 @@ def _say(text: str, tone: str, frame: Frame) -> str:
     return f"{text} ({meaning})" if text and tone != "idle" else text or meaning
 
 
-def _ticks(first: float, last: float, at_most: int) -> list[float]:
+def _ticks(first: Px, last: Px, at_most: int) -> list[float]:
     """Round values within [first, last], one unit of 1, 2 or 5 times a power of ten apart."""
     rough = (last - first) / at_most
     power = 10.0 ** math.floor(math.log10(rough))
@@ -685,7 +684,7 @@ def _allowed(character: str) -> bool:
     return 0x20 <= code < 0x7F or 0xA0 <= code < 0xD800 or 0xE000 <= code < 0xFFFE or code > 0xFFFF
 
 
-def _n(value: float) -> str:
+def _n(value: Px) -> str:
     """A coordinate with at most one decimal."""
     text = f"{value:.1f}".removesuffix(".0")
     return "0" if text == "-0" else text

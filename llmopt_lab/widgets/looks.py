@@ -108,8 +108,9 @@ def _palette(scope: str, theme: int) -> str:
     rules = [
         f"{scope}{{color:{page['muted']}}}",
         f"{scope} .lm-card{{fill:{page['card']};stroke:{page['edge']}}}",
-        f"{scope} text{{fill:{page['ink']}}}",
-        f"{scope} .lm-m,{scope} .lm-u,{scope} .lm-idle text{{fill:{page['muted']}}}",
+        f"{scope} text,{scope} text.lm-w{{fill:{page['ink']}}}",
+        f"{scope} .lm-m,{scope} .lm-u{{fill:{page['muted']}}}",
+        f"{scope} .lm-idle text,{scope} text.lm-idle{{fill:{page['muted']}}}",
         f"{scope} .lm-l{{stroke:{page['line']}}}",
         f"{scope} .lm-h,{scope} text{{stroke:{page['card']}}}",
         f"{scope} .lm-v{{stroke:{page['ink']}}}",
@@ -117,7 +118,7 @@ def _palette(scope: str, theme: int) -> str:
     for tone, look in LOOKS.items():
         border, fill = (look.light, look.dark)[theme]
         rules.append(f"{scope} .lm-{tone}{{color:{border};fill:{fill}}}")
-        rules.append(f"{scope} .lm-{tone} text{{stroke:{fill}}}")
+        rules.append(f"{scope} .lm-{tone} text,{scope} text.lm-{tone}{{stroke:{fill}}}")
     return "".join(rules)
 
 
@@ -129,7 +130,8 @@ SHAPES = (
     ".lm text{paint-order:stroke;stroke-width:3px;stroke-linejoin:round}"
     ".lm .lm-u{font-size:13px;font-weight:400}"
     ".lm .lm-t{font-weight:600}.lm .lm-s{font-size:12px}.lm .lm-b{font-size:21px;font-weight:600}"
-    ".lm .lm-w{pointer-events:none}.lm .lm-f{stroke:currentColor;stroke-width:1.5}"
+    ".lm .lm-w{text-anchor:middle;pointer-events:none}"
+    ".lm .lm-f{stroke:currentColor;stroke-width:1.5}"
     ".lm .lm-g{fill:currentColor;fill-rule:evenodd;stroke:none}"
     ".lm .lm-l,.lm .lm-h,.lm .lm-v,.lm .lm-a{fill:none}"
     ".lm .lm-a{stroke:currentColor;stroke-width:1.6}.lm .lm-h{stroke-width:4.5;opacity:.85}"

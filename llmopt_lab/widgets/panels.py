@@ -49,7 +49,7 @@ class Bar:
     """One bar: a label, a value, a tone."""
 
     label: str
-    value: float
+    value: float | int
     tone: str = "active"
 
 
@@ -60,15 +60,15 @@ class Bars:
     title: str
     bars: tuple[Bar, ...]
     unit: str = ""
-    top: float | None = None
+    top: float | int | None = None
 
 
 @dataclass(frozen=True)
 class Span:
     """A stretch of time on a lane, from `start` to `end` (half-open), in the lanes' unit."""
 
-    start: float
-    end: float
+    start: float | int
+    end: float | int
     text: str = ""
     tone: str = "active"
 
@@ -81,7 +81,7 @@ class Lanes:
     labels: tuple[str, ...]
     lanes: tuple[tuple[Span, ...], ...]
     unit: str = "steps"
-    now: float | None = None
+    now: float | int | None = None
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class Prediction:
     """One locked prediction; `answer` is None until it is revealed."""
 
     question: str
-    guess: float | str
+    guess: float | int | str
     answer: float | int | str | None
     unit: str
     blind: bool  # locked before the answer was revealed
@@ -81,7 +81,7 @@ class Predict(anywidget.AnyWidget):
         answer: float | int | str | None = None,
         unit: str = "",
         choices: Sequence[str] | None = None,
-        tolerance: float | None = None,
+        tolerance: float | int | None = None,
         explain: str = "",
     ):
         require(question.strip() != "", "a prediction needs a question; got an empty one")
@@ -164,7 +164,7 @@ class Predict(anywidget.AnyWidget):
             self.verdict = self._judge(self._read(self.guess))
             self.explanation = self._explain
 
-    def _judge(self, guess: float | str) -> str:
+    def _judge(self, guess: float | int | str) -> str:
         answer, said = self._say(self.answer), self._say(guess)
         if self._is_right(guess):
             return f"Right: {answer}." if answer == said else f"Right: {answer}; you said {said}."
@@ -179,7 +179,7 @@ class Predict(anywidget.AnyWidget):
             miss = f"{self._say(abs(guess - self.answer))} too {direction}"
         return f"It is {answer}; you said {said}: {miss}."
 
-    def _is_right(self, guess: float | str) -> bool:
+    def _is_right(self, guess: float | int | str) -> bool:
         if isinstance(guess, str):
             return guess == self.answer
         return abs(guess - self.answer) <= self._tolerance * abs(self.answer)

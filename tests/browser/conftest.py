@@ -57,6 +57,7 @@ class Server:
     url: str
     token: str
     root: Path
+    settings: Path  # what a user changes in the menus, the theme for one
 
     def ask(self, path: str, method: str = "GET") -> bytes:
         request = urllib.request.Request(f"{self.url}/{path}", method=method)
@@ -96,7 +97,7 @@ def lab_server(tmp_path_factory):
     log = home / "log"
     with log.open("w") as out:
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
-    server = Server(f"http://127.0.0.1:{port}", token, root)
+    server = Server(f"http://127.0.0.1:{port}", token, root, home / "settings")
     try:
         _wait_until_it_answers(server, process, log)
         yield server
@@ -208,5 +209,6 @@ def open_lab(chromium, lab_server, tmp_path):
     yield open_notebook
     for context in contexts:
         context.close()
+    shutil.rmtree(lab_server.settings, ignore_errors=True)
     for session in json.loads(lab_server.ask("api/sessions")):
         lab_server.ask(f"api/sessions/{session['id']}", "DELETE")
