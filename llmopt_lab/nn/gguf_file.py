@@ -126,7 +126,7 @@ class GgufFile:
             d_ff=read("feed_forward_length"),
             rope_theta=read("rope.freq_base", 10_000.0),
             rms_eps=read("attention.layer_norm_rms_epsilon"),
-            max_positions=read("context_length"),
+            max_positions=min(read("context_length"), read("attention.sliding_window", 1 << 62)),
             tie_embeddings="output.weight" not in self._tensors,
             qkv_bias="blk.0.attn_q.bias" in self._tensors,
             out_bias="blk.0.attn_output.bias" in self._tensors,
@@ -200,9 +200,9 @@ def _read_header(path: Path) -> tuple[dict, dict[str, StoredTensor]]:
                 dims = [header.number("Q") for _ in range(header.number("I"))]
                 kind, offset = header.number("I"), header.number("Q")
                 infos[name] = (tuple(reversed(dims)), GGMLQuantizationType(kind), offset)
+        except BadInput:
+            raise
         except (EOFError, ValueError, KeyError) as broken:
-            if isinstance(broken, BadInput):
-                raise
             raise BadInput(
                 f"{path} is truncated or damaged ({size:,} bytes): {broken}. Get the file again."
             ) from broken
@@ -226,6 +226,7 @@ def _read_header(path: Path) -> tuple[dict, dict[str, StoredTensor]]:
 class _Header:
     """Little-endian values, one after the other."""
 
+    string, array = 8, 9  # numbers of the format's value types
     scalars = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 
     def __init__(self, file: BinaryIO, size: int):
@@ -246,9 +247,9 @@ class _Header:
         return self.take(self.number("Q")).decode()
 
     def value(self, kind: int):
-        if kind == 8:
+        if kind == self.string:
             return self.text()
-        if kind != 9:
+        if kind != self.array:
             return self.number(self.scalars[kind])
         kind, length = self.number("I"), self.number("Q")
         if kind in self.scalars:

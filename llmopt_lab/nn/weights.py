@@ -6,7 +6,7 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,10 +29,10 @@ class LanguageModel:
     """A Transformer and its tokenizer. Weights are frozen; `model.requires_grad_()` thaws them."""
 
     name: str
-    model: Transformer
-    tokenizer: Tokenizer
+    model: Transformer = field(repr=False)
+    tokenizer: Tokenizer = field(repr=False)
     eos: tuple[int, ...]  # generation stops after any of these
-    chat_template: str | None = None  # Jinja, as in a Hugging Face tokenizer_config.json
+    chat_template: str | None = field(default=None, repr=False)  # Jinja, as Hugging Face has it
 
     @property
     def config(self) -> ModelConfig:
