@@ -1,1 +1,1 @@
-"""What every chapter stands on: trace, memory model, costs, errors, device, benchmark, tolerances."""
+"""What every chapter stands on: trace, memory, costs, errors, device, benchmarks, tolerances."""

@@ -1,4 +1,4 @@
-"""Benchmarks as data: check every contender against the oracle first, then time it beside its peers.
+"""Benchmarks as data: check every contender against the oracle, then time it beside its peers.
 
     llmopt bench paged_attention --out results.json
 
@@ -32,8 +32,8 @@ from llmopt_lab.core.device import hardware_facts, pick_device, software_facts
 from llmopt_lab.core.errors import BadInput, LabError, Missing, require
 from llmopt_lab.core.memory import ceil_div
 
-COLD_BYTES = 512 << 20      # several times the L2 of any supported GPU
-MAX_SETS = 32               # input sets a case is timed on
+COLD_BYTES = 512 << 20  # several times the L2 of any supported GPU
+MAX_SETS = 32  # input sets a case is timed on
 FORMAT_VERSION = 1
 
 
@@ -72,7 +72,7 @@ class Case:
     contenders: tuple[Contender, ...]
     flops: Callable[..., int]
     min_bytes: Callable[..., int]
-    cpu_sizes: tuple[dict, ...] = field(default=())   # what a machine without a GPU runs instead
+    cpu_sizes: tuple[dict, ...] = field(default=())  # what a machine without a GPU runs instead
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Timing:
     median_ms: float
     p20_ms: float
     p80_ms: float
-    how: str                    # "graph", "stream" or "wall"
+    how: str  # "graph", "stream" or "wall"
     samples_ms: tuple[float, ...]
 
 
@@ -265,7 +265,8 @@ def _commit() -> str | None:
         run = lambda *args: subprocess.run(  # noqa: E731
             ["git", "-C", here, *args], capture_output=True, text=True, check=True
         ).stdout.strip()
-        return run("rev-parse", "--short=12", "HEAD") + ("+" if run("status", "--porcelain") else "")
+        changed = "+" if run("status", "--porcelain") else ""
+        return run("rev-parse", "--short=12", "HEAD") + changed
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -305,7 +306,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("room", help="for example paged_attention")
     parser.add_argument("--out", type=Path, help="write the results as JSON here")
     parser.add_argument("--commit", help="name of the commit, where git cannot tell")
-    parser.add_argument("--cpu", action="store_true", help="run the small CPU sizes even with a GPU")
+    parser.add_argument("--cpu", action="store_true", help="the small CPU sizes even with a GPU")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,14 +11,14 @@ class Tolerance(NamedTuple):
 
     rtol: float
     atol: float
-    norm: float     # of the relative L2 error: catches what a small result hides under atol
+    norm: float  # of the relative L2 error: catches what a small result hides under atol
 
 
 # dtype of the result under test. One rounding of an operand of magnitude 1 costs 2^-53, 2^-24,
 # 2^-11 and 2^-8 in these dtypes; sums of a few thousand such terms stay within these.
 TOLERANCE = {
     torch.float64: Tolerance(1e-10, 1e-10, 1e-10),
-    torch.float32: Tolerance(1e-4, 1e-5, 2e-5),      # a tf32 product misses this by 10x
+    torch.float32: Tolerance(1e-4, 1e-5, 2e-5),  # a tf32 product misses this by 10x
     torch.float16: Tolerance(2e-3, 2e-3, 2e-3),
     torch.bfloat16: Tolerance(1.6e-2, 1.6e-2, 1e-2),
 }

@@ -1,4 +1,4 @@
-"""What this machine can run. The only place that asks torch.cuda or Triton's environment anything."""
+"""What this machine can run. The only place that asks torch.cuda or the environment."""
 
 import importlib.metadata
 import os
@@ -20,7 +20,7 @@ class GpuFacts:
     """One GPU, as the driver describes it."""
 
     name: str
-    capability: tuple[int, int]     # (9, 0) on an H100
+    capability: tuple[int, int]  # (9, 0) on an H100
     memory_bytes: int
     l2_bytes: int
     n_sms: int
@@ -48,7 +48,7 @@ def gpu_facts() -> GpuFacts | None:
 
 
 def _driver_version() -> str:
-    """The driver's version as it calls itself; without NVML, the CUDA version torch was built for."""
+    """The driver's version; without NVML, the CUDA version that torch was built for."""
     try:
         import pynvml
 

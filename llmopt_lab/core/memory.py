@@ -64,7 +64,8 @@ def ceil_div(a: int, b: int) -> int:
 
 def _text(where: Index) -> str:
     if isinstance(where, slice):
-        return f"{'' if where.start is None else where.start}:{'' if where.stop is None else where.stop}"
+        ends = (where.start, where.stop)
+        return ":".join("" if end is None else str(end) for end in ends)
     if isinstance(where, tuple):
         return ", ".join(_text(part) for part in where)
     return str(where.tolist() if isinstance(where, Tensor) else where)

@@ -17,7 +17,7 @@ import importlib
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ import torch
 from llmopt_lab.core.errors import BadInput, TraceTooLarge, require
 
 MAX_ELEMENTS = 1 << 16  # per recorded tensor; traces are for toy sizes
-FORMAT_VERSION = 1      # of a saved trace
+FORMAT_VERSION = 1  # of a saved trace
 
 
 class Record:
@@ -80,7 +80,8 @@ class Trace:
         ]
         metadata = {"format": "llmopt-trace", "version": str(FORMAT_VERSION)}
         # safetensors refuses an empty file, so an empty trace carries one empty tensor
-        save_file(tensors or {"empty": torch.empty(0)}, path, metadata | {"steps": json.dumps(steps)})
+        metadata["steps"] = json.dumps(steps)
+        save_file(tensors or {"empty": torch.empty(0)}, path, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "Trace":
@@ -276,9 +277,7 @@ def _kind(name: str) -> type[Record]:
     """The record class of that name. Imports only from this package: a file must not run code."""
     module, _, _ = name.partition(":")
     if name not in Record._kinds and module.startswith("llmopt_lab."):
-        try:
+        with suppress(ImportError):
             importlib.import_module(module)
-        except ImportError:
-            pass
     require(name in Record._kinds, f"the trace holds {name}, which this package does not have")
     return Record._kinds[name]

@@ -6,6 +6,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from llmopt_lab.core.bench import Case, Contender
 from llmopt_lab.core.memory import ceil_div
+from llmopt_lab.paged_attention.records import CacheConfig
+from llmopt_lab.paged_attention.scheduler import Request, Scheduler
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -70,6 +72,39 @@ def decode_oracle(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, lengths: Tens
     return out
 
 
+def strip_example(reference) -> tuple[Tensor, Tensor]:
+    """A run that reaches every `record(...)` of the room: what attention gave, what is cached.
+
+    Three requests share a prefix in a pool too small for them, one of them forks; so there are
+    hits, copies on write, refusals, preemptions, resumptions and evictions.
+    """
+    rng = torch.Generator().manual_seed(0)
+    cache = reference.PagedCache(
+        CacheConfig(n_layers=2, n_blocks=7, block_size=2, n_kv_heads=2, d_head=4)
+    )
+    scheduler = Scheduler(cache, max_step_tokens=8)
+    prompts = {"A": [1, 2, 3, 4, 5], "B": [1, 2, 3, 4, 6, 7], "C": [8, 9, 10]}
+    scheduler.submit(Request(name, prompt, n_new=5) for name, prompt in prompts.items())
+    outs = []
+    while scheduler.has_work:
+        for work in scheduler.step():
+            for layer in range(2):
+                shape = (len(work.slots), 2, 4)
+                keys, values = (torch.randn(shape, generator=rng) for _ in range(2))
+                cache.write(layer, work.slots, keys, values)
+            tables, lengths = cache.table_tensor([work.request.name])
+            q = torch.randn(4, 4, generator=rng)
+            outs.append(
+                reference.paged_attention(
+                    q, cache.keys[1], cache.values[1], tables[0], int(lengths[0])
+                )
+            )
+            if work.request.name == "A" and not work.request.generated:
+                scheduler.advance(scheduler.fork(work.request, "A#1"), 11)
+            scheduler.advance(work.request, 12 + len(outs))
+    return torch.stack(outs), cache.keys
+
+
 def gather(cache: Tensor, tables: Tensor, n: int) -> Tensor:
     """The first n tokens of every sequence, copied out of the pool: (batch, n_kv_heads, n, d)."""
     blocks = tables[:, : ceil_div(n, cache.shape[1])].long()
@@ -88,7 +123,7 @@ def _bench_inputs(device, *, batch: int, n_tokens: int, block_size: int = 16) ->
 def _ours(q, k, v, tables, lengths):
     from llmopt_lab.paged_attention.kernels import paged_attention_decode
 
-    tables = tables[:, :-1].contiguous()    # without the poisoned last column: no room to spare
+    tables = tables[:, :-1].contiguous()  # without the poisoned last column: no room to spare
     return lambda: paged_attention_decode(q, k, v, tables, lengths)
 
 
@@ -106,9 +141,7 @@ def _flashinfer(q, k, v, tables, lengths):
 
     batch, n_blocks = tables.shape[0], ceil_div(int(lengths[0]), k.shape[1])
     workspace = torch.empty(256 << 20, dtype=torch.uint8, device=q.device)
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-        workspace, "NHD", use_tensor_cores=True
-    )
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
     indptr = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * n_blocks
     last = (lengths - 1) % k.shape[1] + 1
     wrapper.plan(
@@ -134,7 +167,7 @@ def _gather_then_sdpa(q, k, v, tables, lengths):
 
 def _bench_bytes(*, batch: int, n_tokens: int, block_size: int = 16) -> int:
     q_and_out = 2 * batch * 32 * 128
-    return 2 * (2 * batch * n_tokens * 8 * 128 + q_and_out)     # bf16
+    return 2 * (2 * batch * n_tokens * 8 * 128 + q_and_out)  # bf16
 
 
 CASES = (

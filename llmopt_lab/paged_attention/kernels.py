@@ -1,4 +1,4 @@
-"""Paged attention in Triton: the page walk of `reference.paged_attention`, and the write into slots.
+"""Paged attention in Triton: the page walk of the reference, and the write into slots.
 
 A decode step reads every cached key and value once and does little arithmetic with it, so its
 floor is bytes / bandwidth. One program owns one (sequence, KV head, split): it loads the query
@@ -26,7 +26,7 @@ MAX_SPAN = 1024                 # tokens
 
 @triton.jit
 def _decode_kernel(
-    q_ptr, k_ptr, v_ptr,            # (batch, n_heads, D); (n_blocks, BLOCK_SIZE, n_kv_heads, D), twice
+    q_ptr, k_ptr, v_ptr,            # (batch, n_heads, D); (n_blocks, BLOCK_SIZE, n_kv_heads, D)
     table_ptr, length_ptr,          # (batch, max_blocks), (batch,); int32
     out_ptr, lse_ptr,               # (batch, n_heads, n_splits, D), (batch, n_heads, n_splits)
     q_seq, q_head,                  # strides in elements; the last dimension is contiguous
@@ -37,7 +37,7 @@ def _decode_kernel(
     span,                           # tokens a split, a multiple of TILE
     N_SPLITS: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,              # programmatic dependent launch: start before the previous kernel ends
+    PDL: tl.constexpr,              # programmatic dependent launch, see the launcher
 ):
     """One program: the GROUP query heads of one KV head over one split of one sequence's tokens."""
     kv_head = tl.program_id(0)
@@ -51,7 +51,7 @@ def _decode_kernel(
     # this split walks tokens [start, end)
     start = split * span
     end = tl.minimum(start + span, length)
-    if N_SPLITS > 1:
+    if N_SPLITS > 1:  # noqa: SIM102  a constant; Triton wants the run-time condition by itself
         if start >= end:
             return                  # the merge does not read a split past the end
 
@@ -96,7 +96,7 @@ def _decode_kernel(
 
 @triton.jit
 def _merge_kernel(
-    part_ptr, lse_ptr, length_ptr,  # (batch, n_heads, n_splits, D), (batch, n_heads, n_splits), (batch,)
+    part_ptr, lse_ptr, length_ptr,  # (batch, n_heads, n_splits, D), (.., n_splits), (batch,)
     out_ptr,                        # (batch, n_heads, D)
     span,
     N_SPLITS: tl.constexpr, SPLITS: tl.constexpr, D: tl.constexpr, PDL: tl.constexpr,
@@ -105,7 +105,7 @@ def _merge_kernel(
     seq = tl.program_id(1)
     head = seq.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     n_used = tl.cdiv(tl.load(length_ptr + seq), span)
-    split = tl.arange(0, SPLITS)                                        # (SPLITS,)  N_SPLITS, padded
+    split = tl.arange(0, SPLITS)                                        # (SPLITS,), N_SPLITS padded
     d = tl.arange(0, D)
     ok = split < n_used
     if PDL:
