@@ -8,9 +8,17 @@ from torch import Tensor
 from llmopt_lab.core.errors import OutOfBlocks, require
 from llmopt_lab.core.memory import ceil_div, load, store
 from llmopt_lab.core.trace import record
-from llmopt_lab.paged_attention.records import (  # isort: skip
-    Allocated, CacheConfig, CopiedOnWrite, Evicted, Extended, Forked, Refused, Released, Shared,
-)  # fmt: skip
+from llmopt_lab.paged_attention.records import (
+    Allocated,
+    CacheConfig,
+    CopiedOnWrite,
+    Evicted,
+    Extended,
+    Forked,
+    Refused,
+    Released,
+    Shared,
+)
 
 
 class BlockPool:
