@@ -17,6 +17,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         args = _parser(arguments[0] if arguments else "").parse_args(arguments)
+        if "room" in args:
+            require_room(args.room)
         status = args.run(args)
         sys.stdout.flush()
         return status
@@ -34,15 +36,14 @@ def rooms() -> list[str]:
 
 
 def show(room: str, what: str) -> None:
-    """Print a chapter's docstring and its files; or the text of one file; or a recorded run.
+    """Print about one of `rooms()`: its docstring and files, the text of one, or a recorded run.
 
     `what` is "" for the overview, "trace" for the steps of the chapter's own example, "bare" for
     the reference without its camera lines, or the name of a file such as "kernels".
 
     Raises:
-        BadInput: there is no such chapter, or no such file in it.
+        BadInput: the chapter has no such file.
     """
-    require_room(room)
     files = {path.stem: path for path in sorted((HOME / room).glob("*.py"))}
     if not what:
         print(f"{room}\n\n{_docstring(files['__init__'])}\n")

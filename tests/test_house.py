@@ -519,8 +519,11 @@ def run_pytest(folder: Path, *arguments: str) -> str:
     (folder / "test_skipped.py").write_text(SKIPPED_FILE)
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     environment = inherited | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
+    # the plugins installed here take seconds to import, and none but xdist is under test
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    plugins = ["-p", "no:cacheprovider", "-p", "xdist.plugin"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
+        [sys.executable, "-m", "pytest", *plugins, *arguments],
         cwd=folder,
         env=environment,
         capture_output=True,
