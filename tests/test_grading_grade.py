@@ -1,6 +1,7 @@
 """`llmopt grade`: an accident or a trick costs its own exercise and nothing else."""
 
 import argparse
+import contextlib
 import copy
 import json
 import subprocess
@@ -102,15 +103,25 @@ def test_an_accident_costs_its_own_exercise_and_nothing_else(submit, accidents):
         assert message in verdict(score, f"demo.{name}").message
 
 
+def processes_with(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("MARK_OF_THIS_TEST") == mark:
+                found.append(process)
+    return found
+
+
 @pytest.mark.notebook
-def test_grading_leaves_the_file_unchanged_and_no_process_behind(submit):
-    file = submit(ceil_div="while True:\n    pass")
+def test_grading_leaves_the_file_unchanged_and_no_process_behind(submit, tmp_path, monkeypatch):
+    # holds the interpreter's lock, so the kernel's own look at its parent never gets its turn
+    file = submit(ceil_div="import re\nre.match('(a+)+b', 'a' * 64)")
     before = file.read_bytes(), file.stat().st_mtime_ns
-    here = psutil.Process()
-    score = grade_one(file, cell_timeout=60, total_timeout=5)
+    monkeypatch.setenv("MARK_OF_THIS_TEST", str(tmp_path))
+    score = grade_one(file, cell_timeout=60, total_timeout=10)
+    assert processes_with(str(tmp_path)) == []
     assert (file.read_bytes(), file.stat().st_mtime_ns) == before
     assert list(file.parent.iterdir()) == [file]
-    assert here.children(recursive=True) == []
     assert {v.earned for v in score.verdicts} == {0}
     assert "used up its time" in verdict(score, "demo.n_bytes").message
 
@@ -145,7 +156,7 @@ def test_a_kernel_that_runs_no_cells_any_more_earns_nothing(submit):
 
 
 @pytest.mark.notebook
-def test_a_learners_own_helper_cell_and_a_notebook_without_cell_ids_are_fine(submit, tmp_path):
+def test_a_learners_helper_cell_and_tags_and_a_notebook_without_cell_ids_are_fine(submit, tmp_path):
     file = submit(ceil_div="def ceil_div(a, b):\n    return helper(a, b)")
     notebook = json.loads(file.read_text())
     helper = "def helper(a, b):\n    return -(-a // b)"
@@ -154,6 +165,7 @@ def test_a_learners_own_helper_cell_and_a_notebook_without_cell_ids_are_fine(sub
     )
     for cell in notebook["cells"]:
         cell.pop("id", None)
+        cell["metadata"]["tags"] = ["nbval-skip"]
     notebook["nbformat_minor"] = 0
     notebook["metadata"]["kernelspec"]["name"] = "a-kernel-of-colab"
     file.write_text(json.dumps(notebook))
