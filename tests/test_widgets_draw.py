@@ -322,3 +322,9 @@ def test_every_tone_has_a_look_that_differs_without_colour():
         svg = draw_frame(Frame("c", (Grid("g", (), ((Cell("x", tone),),)),)))
         marks = [p.get("d") for p in ET.fromstring(svg).iter(f"{SVG}path")]
         assert any(LOOKS[tone].mark in d for d in marks) or not LOOKS[tone].mark
+
+
+def test_a_narrow_cell_still_shows_its_number():
+    row = tuple(Cell(str(100 + i), "owner0") for i in range(40))
+    text = drawn_text(draw_frame(Frame("c", (Grid("g", (), (row,)),)))).split()
+    assert "100" in text and "139" in text

@@ -204,6 +204,7 @@ class Room:
     label: Px = 0  # width of the labels on the left
     cell: Px = 0  # width of a grid's cell
     cell_height: Px = 0
+    size: int = 13  # of the words in a grid's cells
     span: tuple[float | int, float | int] = (0, 1)  # values at the left and right end of the scale
 
 
@@ -241,7 +242,7 @@ def _place(frames: Sequence[Frame], width: int) -> list[list[Room]]:
                 _fill(room, slot)
                 room.x, room.y = x, y
                 x += room.width + row.gap
-            y += max(room.height for room in row.rooms) + GAP
+            y += max(room.height for room in row.rooms) + GAP + (16 if row.gap > GAP else 0)
     return [rooms[kinds] for kinds in make_up]
 
 
@@ -282,13 +283,17 @@ def _measure(slot: list, width: Px) -> Room:
             n_columns = max((len(row) for p in slot for row in p.rows), default=0)
             n_columns = max(n_columns, max(len(p.column_labels) for p in slot), 1)
             texts = [cell.text for p in slot for row in p.rows for cell in row]
-            widest = max((_wide(text, MONO_EM) for text in texts), default=0)
-            widest = max([widest] + [_wide(c, SANS_EM, 12) for p in slot for c in p.column_labels])
+            word = max((_wide(text, MONO_EM) for text in texts), default=0)
+            heads = max((_wide(c, SANS_EM, 12) for p in slot for c in p.column_labels), default=0)
             label = max((_wide(t, SANS_EM) for p in slot for t in p.row_labels), default=0)
             label = min(label, 130) + 10 if label else 0
-            cell = min(max(widest + 16, 40), 120, max((width - label) / n_columns - 4, 16))
+            wanted = max(word, heads) + 16
+            # many columns make narrow cells, but not so narrow that they hide short words
+            least = max(16, min(word * 11 / 13 + 7, 36))
+            cell = min(max(wanted, 40), 120, max((width - label) / n_columns - 4, least))
             needed = label + n_columns * (cell + 4) - 4
-            return Room(max(needed, min(titles, 240)), label=label, cell=cell)
+            size = 13 if word <= cell - 6 else 11
+            return Room(max(needed, min(titles, 240)), label=label, cell=cell, size=size)
         case Meter():
             return Room(min(max(titles, 150), 240))
         case Bars():
@@ -385,7 +390,7 @@ def _grid(grid: Grid, room: Room) -> Iterator[str]:
 
 def _cell(cell: Cell, x: Px, y: Px, room: Room) -> str:
     width, height = room.cell, room.cell_height
-    clipped = _clip(cell.text, width - 6, MONO_EM) != cell.text
+    clipped = _clip(cell.text, width - 6, MONO_EM, room.size) != cell.text
     note = cell.note or (cell.text if clipped else "")
     title = f"<title>{_xml(note)}</title>" if note else ""
     if not cell.text:
@@ -412,12 +417,13 @@ def _grid_words(grid: Grid, room: Room) -> Iterator[str]:
 
 
 def _cell_word(cell: Cell, x: Px, y: Px, room: Room) -> str:
-    shown = _clip(cell.text, room.cell - 6, MONO_EM)
+    shown = _clip(cell.text, room.cell - 6, MONO_EM, room.size)
     if not shown:
         return ""
     drop = 2.5 if LOOKS[cell.tone].mark and room.cell_height > 30 else 0  # clear of the mark
     place = f'x="{_n(x)}" y="{_n(y + drop)}"'
-    return f'<text class="lm-c lm-w lm-{cell.tone}" {place}>{_xml(shown)}</text>'
+    small = " lm-n" if room.size < 13 else ""
+    return f'<text class="lm-c lm-w lm-{cell.tone}{small}" {place}>{_xml(shown)}</text>'
 
 
 def _cell_corner(grid: Grid, room: Room, row: int, column: int) -> tuple[Px, Px]:

@@ -128,7 +128,7 @@ SHAPES = (
     f".lm text{{font:13px {SANS}}}.lm .lm-c{{font-family:{MONO}}}"
     # the halo keeps text readable where an arrow passes under it
     ".lm text{paint-order:stroke;stroke-width:3px;stroke-linejoin:round}"
-    ".lm .lm-u{font-size:13px;font-weight:400}"
+    ".lm .lm-n{font-size:11px}.lm .lm-u{font-size:13px;font-weight:400}"
     ".lm .lm-t{font-weight:600}.lm .lm-s{font-size:12px}.lm .lm-b{font-size:21px;font-weight:600}"
     ".lm .lm-w{text-anchor:middle;pointer-events:none}"
     ".lm .lm-f{stroke:currentColor;stroke-width:1.5}"

@@ -56,8 +56,12 @@ function makeSide(frames, label, pieces, listings) {
     marked = code.children[frame.line - listing.first];
     marked.classList.add("lm-now");
     marked.setAttribute("aria-current", "step");
-    // scrolls the listing only: scrollIntoView would scroll the notebook
-    code.scrollTop = marked.offsetTop - (code.clientHeight - marked.offsetHeight) / 2;
+    // With the page's next layout, not with one of its own. Scrolls the listing only, where
+    // scrollIntoView would scroll the notebook.
+    const line = marked;
+    requestAnimationFrame(() => {
+      code.scrollTop = line.offsetTop - (code.clientHeight - line.offsetHeight) / 2;
+    });
   }
 
   let shown = null;
