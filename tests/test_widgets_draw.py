@@ -328,3 +328,9 @@ def test_a_narrow_cell_still_shows_its_number():
     row = tuple(Cell(str(100 + i), "owner0") for i in range(40))
     text = drawn_text(draw_frame(Frame("c", (Grid("g", (), (row,)),)))).split()
     assert "100" in text and "139" in text
+
+
+@pytest.mark.parametrize("times", [(0, 0), (0, 5e-324), (1e200, 1e200), (-3, -3), (7, 7 + 1e-14)])
+def test_lanes_that_last_no_time_are_still_drawn(times):
+    lanes = Lanes("l", ("A",), ((Span(*times, "blink"),),))
+    ET.fromstring(draw_frame(Frame("c", (lanes,))))

@@ -306,7 +306,9 @@ def _measure(slot: list, width: Px) -> Room:
             ends += [p.now for p in slot if p.now is not None]
             first, last = min(ends, default=0), max(ends, default=1)
             first = 0 if 0 <= first < 0.5 * last else first
-            span = (first, last if last > first else first + 1)
+            if last - first < max(1e-9 * max(abs(first), abs(last)), 1e-200):  # one moment
+                last = first + max(1, 1e-3 * abs(first))
+            span = (first, last)
             return Room(min(560, width), label=min(label, 130) + 10, span=span)
     return Room(min(520, width))
 

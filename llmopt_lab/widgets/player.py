@@ -151,7 +151,8 @@ class Player(anywidget.AnyWidget):
             source = base64.b64encode(svg.encode()).decode()
             caption = escape(f"{label}: {entry['caption']}" if label else entry["caption"])
             parts.append(
-                f'<figure style="margin:8px 0"><img alt="{caption}" src="data:image/svg+xml;base64,{source}"/>'
+                f'<figure style="margin:8px 0"><img alt="{caption}" '
+                f'src="data:image/svg+xml;base64,{source}"/>'
                 f"<figcaption>Step {position + 1} of {n_frames}. {caption}</figcaption></figure>"
             )
         for label, side in zip(self.labels or [""], (self.frames, self.versus), strict=False):
