@@ -226,6 +226,11 @@ def execute(notebook, folder: Path, previous=None) -> None:
     # no kernel folders: "python3" is this interpreter, whatever is installed under that name
     specs = KernelSpecManager(kernel_dirs=[])
     kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=specs)
+    begun = [0]
+
+    def begin(cell, cell_index: int) -> None:
+        begun.append(cell_index)
+
     client = NotebookClient(
         notebook,
         km=kernel,
@@ -233,13 +238,16 @@ def execute(notebook, folder: Path, previous=None) -> None:
         record_timing=False,
         store_widget_state=False,
         coalesce_streams=True,
+        on_cell_execute=begin,
         resources={"metadata": {"path": str(folder)}},
     )
     try:
         with _private_settings() as environment:
             client.execute(env=environment, stderr=subprocess.DEVNULL)
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
-        raise BuildError(_failure(notebook, error)) from error
+        cell = notebook.cells[begun[-1]]
+        text = ANSI.sub("", str(error)).strip()
+        raise BuildError(f"cell {begun[-1] + 1} ({cell.id}): {text}") from error
     notebook.metadata.pop("widgets", None)
     notebook.metadata.language_info = nbformat.from_dict({"name": "python"})
     kept = {
@@ -257,20 +265,6 @@ def execute(notebook, folder: Path, previous=None) -> None:
         for output in cell.outputs:
             if problem := _clean(output, root):
                 raise BuildError(f"cell {index} ({cell.id}): {problem}")
-
-
-def _failure(notebook, error: Exception) -> str:
-    """Which cell stopped the run, and with what: the first that raised, or else the last begun."""
-    code = [(i, cell) for i, cell in enumerate(notebook.cells, 1) if cell.cell_type == "code"]
-    raised = [
-        (index, cell)
-        for index, cell in code
-        if any(output.output_type == "error" for output in cell.outputs)
-        and "raises-exception" not in cell.metadata.get("tags", ())
-    ]
-    begun = [(index, cell) for index, cell in code if cell.execution_count is not None]
-    index, cell = (raised or begun or code)[-1]
-    return f"cell {index} ({cell.id}): {ANSI.sub('', str(error)).strip()}"
 
 
 @contextmanager
