@@ -23,7 +23,15 @@ from llmopt_lab.paged_attention import (
     publish,
 )
 from llmopt_lab.paged_attention.prefix import block_digests, find_prefix
-from llmopt_lab.paged_attention.records import Admitted, CopiedOnWrite, Evicted, Finished, Preempted
+from llmopt_lab.paged_attention.records import (
+    Admitted,
+    CopiedOnWrite,
+    Evicted,
+    Finished,
+    Preempted,
+    Stepped,
+)
+from llmopt_lab.paged_attention.scheduler import rehearse
 from llmopt_lab.paged_attention.waste import (
     ContiguousMemory,
     Job,
@@ -497,13 +505,9 @@ def run(requests, n_blocks, block_size, **kw):
             ids = torch.tensor(work.tokens, dtype=torch.float64).view(-1, 1, 1)
             cache.write(0, work.slots, ids, ids)
         for work in works:
-            family = [work.request]
-            if work.request.n_samples > 1 and not work.request.generated:
-                for i in range(1, work.request.n_samples):
-                    family.append(scheduler.fork(family[-1], f"{work.request.name}#{i}"))
             history = cache.keys[0].flatten(0, 1)[cache.slots(work.request.name)].flatten()
             weights = torch.arange(1, len(history) + 1)
-            for request in family:
+            for request in scheduler.family(work.request):
                 index = int(request.name.partition("#")[2] or 0)
                 texts[request.name] = request.generated
                 scheduler.advance(request, int((history * weights).sum() + index) % 7)
@@ -545,6 +549,18 @@ def test_the_text_does_not_depend_on_blocks_sharing_or_preemption(
     for request in requests_of(sizes):
         alone |= run([request], 400, 1)
     assert roomy == alone
+
+
+def test_a_rehearsal_takes_the_passes_and_makes_the_records_of_the_run():
+    pool = {"n_blocks": 9, "block_size": 3, "max_step_tokens": 12}
+    sizes = [(9, 6, 2), (4, 8, 1), (12, 5, 1)]
+    with recording() as ran:
+        texts = run(requests_of(sizes), pool["n_blocks"], pool["block_size"], max_step_tokens=12)
+    with recording() as rehearsed:
+        n_steps = rehearse(requests_of(sizes), texts, **pool)
+    events = lambda trace: [s.what for s in trace.steps if not isinstance(s.what, (Load, Store))]  # noqa: E731
+    assert events(rehearsed) == events(ran)
+    assert n_steps == len(ran.of(Stepped))
 
 
 def test_the_youngest_is_preempted_and_the_preempted_go_before_newcomers():

@@ -136,11 +136,7 @@ def serve(
     texts: dict[str, list[int]] = {}
     while scheduler.has_work:
         for work, logits in _forward(model, cache, scheduler.step()):
-            family = [work.request]
-            if work.request.n_samples > 1 and not work.request.generated:
-                for i in range(1, work.request.n_samples):
-                    family.append(scheduler.fork(family[-1], f"{work.request.name}#{i}"))
-            for request in family:
+            for request in scheduler.family(work.request):
                 texts[request.name] = request.generated
                 scheduler.advance(request, sampler.draw(request, logits))
         if on_step is not None:

@@ -16,7 +16,13 @@ from llmopt_lab.core.errors import OutOfBlocks, require
 from llmopt_lab.core.memory import ceil_div
 from llmopt_lab.core.trace import record
 from llmopt_lab.paged_attention.prefix import admit, find_prefix, publish
-from llmopt_lab.paged_attention.records import Admitted, Finished, Preempted, Stepped
+from llmopt_lab.paged_attention.records import (
+    Admitted,
+    CacheConfig,
+    Finished,
+    Preempted,
+    Stepped,
+)
 from llmopt_lab.paged_attention.reference import PagedCache
 
 
@@ -141,6 +147,14 @@ class Scheduler:
             self.cache.release(request.name)
             record(Finished(request.name, len(request.generated)))
 
+    def family(self, request: Request) -> list[Request]:
+        """The request and, if its prompt has just been computed, its `n_samples` - 1 forks."""
+        family = [request]
+        if not request.generated:
+            for i in range(1, request.n_samples):
+                family.append(self.fork(family[-1], f"{request.name}#{i}"))
+        return family
+
     def fork(self, parent: Request, name: str) -> Request:
         """One more continuation of a running request, sharing all its blocks."""
         child = replace(parent, name=name, generated=list(parent.generated), n_samples=1)
@@ -167,3 +181,27 @@ class Scheduler:
         request.was_preempted = True
         self.waiting.appendleft(request)
         record(Preempted(request.name, len(request.tokens)))
+
+
+def rehearse(
+    requests: Iterable[Request],
+    texts: dict[str, list[int]],
+    *,
+    n_blocks: int,
+    block_size: int,
+    **limits: int,
+) -> int:
+    """Schedule requests whose continuations are known, without a model: passes it would take.
+
+    What a request says does not depend on blocks, batching or preemption, so a recorded run can be
+    replayed on another pool at once. `limits` are those of `Scheduler`. Samples of one request
+    are called name, name#1, ... as in `attend.serve`, which wrote `texts`.
+    """
+    cache = PagedCache(CacheConfig(1, n_blocks, block_size, 1, 1))
+    scheduler = Scheduler(cache, **limits)
+    scheduler.submit(requests)
+    while scheduler.has_work:
+        for work in scheduler.step():
+            for request in scheduler.family(work.request):
+                scheduler.advance(request, texts[request.name][len(request.generated)])
+    return scheduler.n_steps

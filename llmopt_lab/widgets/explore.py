@@ -1,0 +1,101 @@
+"""Sliders over a Player: change what a run is made of, and step through what comes out.
+
+Explore(
+    lambda n_blocks: Player(frames_of_a_run(n_blocks)),
+    n_blocks=Choice("blocks in the pool", (12, 16, 24, 48), 16),
+)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from html import escape
+
+import ipywidgets
+
+from llmopt_lab.core.errors import LabError, require
+from llmopt_lab.widgets.player import Player
+
+VIEW = "application/vnd.jupyter.widget-view+json"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One slider: its label, the values it can take, and the one it starts with."""
+
+    label: str
+    options: tuple
+    value: object
+
+
+class Explore(ipywidgets.VBox):
+    """A slider a keyword argument of `make`, above the Player that `make` returns.
+
+    `make` runs in Python at each change of a slider and should take well under a second; what it
+    made is kept, so going back is instant. A `LabError` it raises, such as a pool too small for a
+    request, is shown in words in the player's place.
+
+    Raises:
+        BadInput: no slider, or a start value that is not among the options.
+        LabError: `make` refuses the start values.
+    """
+
+    _ipython_display_ = None  # that of ipywidgets 7 would win over the bundle
+
+    def __init__(self, make: Callable[..., Player], **choices: Choice):
+        require(len(choices) > 0, "Explore needs at least one slider: name=Choice(...)")
+        for name, choice in choices.items():
+            require(
+                choice.value in choice.options,
+                f"{name} starts at {choice.value!r}, which is not among {choice.options}",
+            )
+        self._make = make
+        self._made: dict[tuple, ipywidgets.Widget] = {}
+        self._sliders = {
+            name: ipywidgets.SelectionSlider(
+                description=choice.label,
+                options=list(choice.options),
+                value=choice.value,
+                continuous_update=False,
+                style={"description_width": "initial"},
+                layout={"width": "420px"},
+            )
+            for name, choice in choices.items()
+        }
+        self._first = make(**self.values)
+        self._made[tuple(self.values.values())] = self._first
+        super().__init__(children=[*self._sliders.values(), self._first])
+        for slider in self._sliders.values():
+            slider.observe(self._redraw, names="value")
+
+    @property
+    def values(self) -> dict:
+        """Where the sliders stand."""
+        return {name: slider.value for name, slider in self._sliders.items()}
+
+    @property
+    def shown(self) -> ipywidgets.Widget:
+        """The Player on show, or the message in its place."""
+        return self.children[-1]
+
+    def _redraw(self, _change) -> None:
+        self.children = [*self._sliders.values(), self._result()]
+
+    def _result(self) -> ipywidgets.Widget:
+        key = tuple(self.values.values())
+        if key not in self._made:
+            try:
+                self._made[key] = self._make(**self.values)
+            except LabError as error:
+                text = f'<p role="alert"><strong>Not possible:</strong> {escape(str(error))}</p>'
+                self._made[key] = ipywidgets.HTML(text)
+        return self._made[key]
+
+    def __repr__(self) -> str:
+        at = ", ".join(f"{name}={value!r}" for name, value in self.values.items())
+        return f"Explore({at}: {self.shown if isinstance(self.shown, Player) else 'not possible'})"
+
+    def _repr_mimebundle_(self, **kwargs):
+        """The live widgets; where there is no kernel, the first player's still picture."""
+        data, metadata = self._first._repr_mimebundle_(**kwargs)
+        view = {**data[VIEW], "model_id": self.model_id}
+        return {**data, VIEW: view, "text/plain": repr(self)}, metadata
