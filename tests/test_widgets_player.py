@@ -180,9 +180,7 @@ def test_the_metadata_of_the_bundle_is_kept_for_colab(monkeypatch):
 def test_two_runs_are_opened_where_they_part():
     player = compare(trace_of(1, 2, 3, 4), trace_of(1, 2, 9, 4), frames)
     assert player.position == 2
-    assert player.note == (
-        "First difference at step 2: expected: take 3 blocks; yours: take 9 blocks"
-    )
+    assert player.note == ("First difference: expected: take 3 blocks; yours: take 9 blocks")
     assert player.labels == ["reference", "yours"]
     assert player.frames[2]["caption"] == "take 3 blocks"
     assert player.versus[2]["caption"] == "take 9 blocks"

@@ -211,8 +211,10 @@ def compare(
     pairs = zip(runs, (parting.reference, parting.attempt), strict=True)
     starts = [at for run, step in pairs if (at := _first_showing(run, step)) is not None]
     start = min(starts) if starts else _first_different(*runs)
+    # without the trace's step number: the player counts frames, from 1
+    difference = str(parting).partition(": ")[2]
     return Player(
-        runs[0], runs[1], labels=labels, start=start, note=f"First difference at {parting}"
+        runs[0], runs[1], labels=labels, start=start, note=f"First difference: {difference}"
     )
 
 

@@ -157,6 +157,7 @@ class Lab:
         self._menu("Settings", "Theme", name)
         light = str("Dark" not in name).lower()
         self.page.wait_for_selector(f"body[data-jp-theme-light='{light}']", state="attached")
+        self.page.wait_for_selector("#jupyterlab-splash", state="detached")
 
     def screenshot(self, name: str, target: str | None = None) -> Path:
         """A PNG of the page, or of the first element that a selector finds."""

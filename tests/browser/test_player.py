@@ -196,7 +196,7 @@ def test_two_runs_stand_side_by_side_at_the_step_where_they_part(open_lab):
     lab, player = opened(open_lab, new_notebook(cells=cells))
     assert counter(player) == "step 3 of 26"
     note = player.locator(".lm-note").inner_text()
-    assert "step 2" in note and "block 13" in note and "block 9" in note
+    assert note.startswith("First difference") and "block 13" in note and "block 9" in note
     left, right = player.locator(".lm-side").all()
     assert left.locator(".lm-label").inner_text() == "reference"
     assert left.locator(".lm-caption").last.inner_text() == "The pool hands out block 13."
