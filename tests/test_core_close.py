@@ -58,3 +58,9 @@ def test_integers_must_be_equal(dtype):
     assert_close(torch.tensor([0, 1]).to(dtype), torch.tensor([0, 1]))
     with pytest.raises(AssertionError):
         assert_close(torch.tensor([0, 1]).to(dtype), torch.tensor([1, 1]))
+
+
+def test_an_oracle_of_zeros_is_judged_by_atol_alone():
+    assert_close(torch.full((3,), 1e-6), torch.zeros(3))
+    with pytest.raises(AssertionError):
+        assert_close(torch.full((3,), 1e-4), torch.zeros(3))

@@ -9,6 +9,7 @@ from llmopt_lab.core.memory import ceil_div
 from llmopt_lab.paged_attention.records import CacheConfig
 from llmopt_lab.paged_attention.scheduler import Request, Scheduler
 
+NOWHERE = 1 << 30  # a block number far outside any pool
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -40,7 +41,7 @@ def decode_inputs(
     k, v = (torch.randn(shape, generator=rng, device=device, dtype=dtype) for _ in range(2))
     q = peak * torch.randn(batch, n_heads, d_head, generator=rng, device=device, dtype=dtype)
     order = torch.randperm(n_blocks, generator=rng, device=device)
-    tables = torch.full((batch, max(counts, default=0) + 1), 1 << 30, dtype=torch.int32)
+    tables = torch.full((batch, max(counts, default=0) + 1), NOWHERE, dtype=torch.int32)
     tables = tables.to(device)
     first = 0
     for seq, count in enumerate(counts):
@@ -111,26 +112,53 @@ def gather(cache: Tensor, tables: Tensor, n: int) -> Tensor:
     return cache[blocks].flatten(1, 2)[:, :n].transpose(1, 2).contiguous()
 
 
-def _bench_inputs(device, *, batch: int, n_tokens: int, block_size: int = 16) -> Inputs:
+def _layer_inputs(device, lengths: list[int], block_size: int = 16) -> Inputs:
     """One layer of a Llama-3-8B-like model: 32 query heads, 8 KV heads, d_head 128."""
     on_gpu = torch.device(device).type == "cuda"
     return decode_inputs(
-        [n_tokens] * batch, n_heads=32, n_kv_heads=8, d_head=128, block_size=block_size,
+        lengths, n_heads=32, n_kv_heads=8, d_head=128, block_size=block_size,
         dtype=torch.bfloat16 if on_gpu else torch.float32, device=device, poison=False,
     )  # fmt: skip
+
+
+def _layer_flops(lengths: list[int]) -> int:
+    return 4 * 32 * 128 * sum(lengths)
+
+
+def _layer_bytes(lengths: list[int]) -> int:
+    """Keys, values, queries and results in bf16."""
+    return 2 * (2 * 8 * 128 * sum(lengths) + 2 * 32 * 128 * len(lengths))
+
+
+def _equal(*, batch: int, n_tokens: int) -> list[int]:
+    return [n_tokens] * batch
+
+
+def _uniform(*, batch: int, longest: int) -> list[int]:
+    rng = torch.Generator().manual_seed(1)
+    return torch.randint(1, longest + 1, (batch,), generator=rng).tolist()
+
+
+def _one_long(*, longest: int, others: int, n_others: int) -> list[int]:
+    return [longest] + [others] * n_others
+
+
+def _trimmed(tables: Tensor) -> Tensor:
+    """As wide as the longest sequence needs, padded with block 0, as a server would."""
+    return tables[:, :-1].masked_fill(tables[:, :-1] == NOWHERE, 0).contiguous()
 
 
 def _ours(q, k, v, tables, lengths):
     from llmopt_lab.paged_attention.kernels import paged_attention_decode
 
-    tables = tables[:, :-1].contiguous()  # without the poisoned last column: no room to spare
+    tables = _trimmed(tables)
     return lambda: paged_attention_decode(q, k, v, tables, lengths)
 
 
 def _flash_attention_3(q, k, v, tables, lengths):
     from flash_attn_interface import flash_attn_with_kvcache
 
-    tables, q4 = tables[:, :-1].contiguous(), q[:, None]
+    tables, q4 = _trimmed(tables), q[:, None]
     return lambda: flash_attn_with_kvcache(
         q4, k, v, cache_seqlens=lengths, page_table=tables
     ).squeeze(1)
@@ -139,13 +167,13 @@ def _flash_attention_3(q, k, v, tables, lengths):
 def _flashinfer(q, k, v, tables, lengths):
     import flashinfer
 
-    batch, n_blocks = tables.shape[0], ceil_div(int(lengths[0]), k.shape[1])
+    counts = ((lengths + k.shape[1] - 1) // k.shape[1]).tolist()
     workspace = torch.empty(256 << 20, dtype=torch.uint8, device=q.device)
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
-    indptr = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * n_blocks
-    last = (lengths - 1) % k.shape[1] + 1
     wrapper.plan(
-        indptr, tables[:, :n_blocks].flatten().contiguous(), last.int(),
+        torch.tensor([0, *counts], device=q.device).cumsum(0).int(),
+        torch.cat([row[:n] for row, n in zip(tables, counts, strict=True)]),
+        ((lengths - 1) % k.shape[1] + 1).int(),
         q.shape[1], k.shape[2], q.shape[2], k.shape[1],
         q_data_type=q.dtype, kv_data_type=k.dtype,
     )  # fmt: skip
@@ -165,32 +193,56 @@ def _gather_then_sdpa(q, k, v, tables, lengths):
     )[:, :, 0]
 
 
-def _bench_bytes(*, batch: int, n_tokens: int, block_size: int = 16) -> int:
-    q_and_out = 2 * batch * 32 * 128
-    return 2 * (2 * batch * n_tokens * 8 * 128 + q_and_out)  # bf16
+PAGED = (
+    Contender("ours (Triton)", _ours, ours=True),
+    Contender("FlashAttention-3 paged", _flash_attention_3),
+    Contender("FlashInfer paged", _flashinfer),
+)
+CONTIGUOUS = (
+    Contender("SDPA, contiguous", _sdpa_contiguous),
+    Contender("gather, then SDPA", _gather_then_sdpa),
+)
 
 
-CASES = (
-    Case(
-        title="decode over paged keys and values: 32 query heads, 8 KV heads, d_head 128, bf16",
-        sizes=tuple(
-            {"batch": b, "n_tokens": n, "block_size": 16}
-            for b, n in [
-                (1, 4096), (1, 32768), (4, 4096), (16, 2048), (16, 4096),
-                (32, 4096), (64, 2048), (64, 4096), (128, 2048), (128, 4096),
-            ]
-        ),
-        cpu_sizes=({"batch": 2, "n_tokens": 256, "block_size": 16},),
-        inputs=_bench_inputs,
+def _case(title: str, lengths_of, sizes: list[dict], cpu_size: dict, contenders) -> Case:
+    """A decode step of one layer over sequences of `lengths_of(**size)` tokens, blocks of 16."""
+    return Case(
+        title=title,
+        sizes=tuple(sizes),
+        cpu_sizes=(cpu_size,),
+        inputs=lambda device, **size: _layer_inputs(device, lengths_of(**size)),
         oracle=decode_oracle,
-        contenders=(
-            Contender("ours (Triton)", _ours, ours=True),
-            Contender("FlashAttention-3 paged", _flash_attention_3),
-            Contender("FlashInfer paged", _flashinfer),
-            Contender("SDPA, contiguous", _sdpa_contiguous),
-            Contender("gather, then SDPA", _gather_then_sdpa),
-        ),
-        flops=lambda *, batch, n_tokens, block_size: 4 * batch * 32 * n_tokens * 128,
-        min_bytes=_bench_bytes,
+        contenders=contenders,
+        flops=lambda **size: _layer_flops(lengths_of(**size)),
+        min_bytes=lambda **size: _layer_bytes(lengths_of(**size)),
+    )
+
+
+# Llama-3-8B's layer: 32 query heads, 8 KV heads, d_head 128, bf16, blocks of 16
+CASES = (
+    _case(
+        "decode, all sequences of one length",
+        _equal,
+        [
+            {"batch": b, "n_tokens": n}
+            for b in (1, 4, 16, 32, 64, 128)
+            for n in ((4096, 32768) if b == 1 else (2048, 4096))
+        ],
+        {"batch": 2, "n_tokens": 256},
+        PAGED + CONTIGUOUS,
     ),
-)  # fmt: skip
+    _case(
+        "decode, lengths uniform from 1 to the longest",
+        _uniform,
+        [{"batch": b, "longest": n} for b, n in ((16, 4096), (64, 4096), (64, 16384))],
+        {"batch": 3, "longest": 100},
+        PAGED,
+    ),
+    _case(
+        "decode, one long sequence among short ones",
+        _one_long,
+        [{"longest": 32768, "others": 1024, "n_others": 31}],
+        {"longest": 200, "others": 20, "n_others": 2},
+        PAGED,
+    ),
+)
