@@ -916,8 +916,11 @@ def _(kernel):
             f"decode_kernel is of type {type(kernel).__name__}, not a Triton kernel",
             misconception="not-a-kernel", hint="keep the line @triton.jit above it",
         )  # fmt: skip
-    if "raise NotImplementedError" in inspect.getsource(source):
-        raise NotImplementedError
+    if "raise NotImplementedError" in inspect.getsource(source):  # a compiler would object to it
+        raise NotYet(
+            "not written yet. Replace the line that raises NotImplementedError by your own code",
+            misconception="not-written",
+        )
     for what, lengths, n_heads, n_kv_heads, block_size, poison in [
         ("one full block", [8], 2, 2, 8, False),
         ("4 query heads on 2 KV heads", [8, 8], 4, 2, 8, False),
