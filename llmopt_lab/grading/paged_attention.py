@@ -4,6 +4,7 @@ import inspect
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from types import NoneType
@@ -20,6 +21,7 @@ from llmopt_lab.paged_attention.cases import decode_inputs, decode_oracle
 from llmopt_lab.paged_attention.records import Allocated, CacheConfig, CopiedOnWrite, Extended
 from llmopt_lab.paged_attention.reference import PagedCache
 from llmopt_lab.paged_attention.view import frames
+from llmopt_lab.widgets.panels import Frame
 
 Mistake = tuple[str, object, str]  # its name, what it gives, where to look next
 TABLE_ENTRY = 4  # bytes: block tables are int32
@@ -651,19 +653,22 @@ def _expect_same_story(append: Append, what: str, script: list) -> None:
     """The attempt changes tables as the room's cache does, and leaves the same tokens behind."""
     with recording() as reference:
         _story(_room_append, script)
+    name, hint = "", "look at the tables and the owners at that moment; the notebook draws both runs"
     with recording() as attempt:
         try:
             _story(append, script)
         except (NotYet, NotImplementedError):
             raise
         except Exception:  # noqa: BLE001  expect_same_run tells it, with the picture
-            pass
-    parting = first_divergence(reference, attempt)
-    kinds = (_kind(parting.reference), _kind(parting.attempt)) if parting else ()
-    name, hint = COW_MISTAKES.get(kinds, ("", "step through both runs until they part"))
+            parting = None
+        else:
+            parting = first_divergence(reference, attempt)
+    if parting:
+        kinds = (_kind(parting.reference), _kind(parting.attempt))
+        name, hint = COW_MISTAKES.get(kinds, (name, hint))
     got, want = expect_same_run(
         what, partial(_story, append), partial(_story, _room_append), lambda: (script,), hint,
-        frames=partial(frames, n_blocks=COW.n_blocks, block_size=COW.block_size),
+        frames=_pictures,
         misconception=name,
     )  # fmt: skip
     expect(f"{what}: cache.pool.owners", got.pool.owners, want.pool.owners,
@@ -683,6 +688,12 @@ def _expect_same_story(append: Append, what: str, script: list) -> None:
                 hint = "token t is at offset t % block_size of its block"
             expect(f"{what}: {seq}'s {name} (layer {layer})", theirs, ours, hint,
                    misconception=misconception)  # fmt: skip
+
+
+def _pictures(trace: Trace) -> list[Frame]:
+    """The room's view without source lines: they would be those of `_record_changes`."""
+    pictures = frames(trace, n_blocks=COW.n_blocks, block_size=COW.block_size)
+    return [replace(picture, file=None, line=None) for picture in pictures]
 
 
 def _kind(step) -> type:

@@ -48,6 +48,7 @@ start()
 
 # %% tags=["setup"] nbgrader={"grade_id": "setup-imports", "locked": true}
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -400,17 +401,18 @@ Predict(
 )
 
 # %% [markdown]
-# The answer is the bug of a real server: with every token reused there was nothing to feed to the
-# model, and it crashed, but only for prompts that fill their last block.
+# The answer is the bug of a real server ([nano-vllm, issue
+# 114](https://github.com/GeeeekExplorer/nano-vllm/issues/114)): with every token reused, the input of
+# the model had length 0 and the kernel crashed, but only for prompts that fill their last block.
 
 # %% nbgrader={"grade_id": "paged_attention.reusable_tokens", "solution": true}
 def reusable_tokens(
     prompt: list[int], cached: set[str], block_size: int, digest: Callable[[str, list[int]], str]
 ) -> int:
-    """The number of leading tokens of `prompt` that need not be computed.
+    """The number of leading tokens of `prompt` that need not be computed. Blocks are reused whole.
 
     Args:
-        prompt: at least one token. At least one must be left to compute.
+        prompt: at least one token. At least one of them must be left to compute.
         cached: the names of all blocks in the cache.
         digest: digest(parent, tokens) names a full block; the first block's parent is "".
     """
@@ -446,7 +448,9 @@ with recording() as trace:
     cache.fork("A", "B")
     cache.append("B", torch.ones(1, 1, 2), torch.ones(1, 1, 2))
     cache.append("A", torch.ones(1, 1, 2), torch.ones(1, 1, 2))
-Player(frames(trace, n_blocks=4, block_size=4), title="B writes what it shares")
+pictures = frames(trace, n_blocks=4, block_size=4)
+pictures = [replace(picture, file=None, line=None) for picture in pictures]  # no source: you write it
+Player(pictures, title="B writes what it shares")
 
 # %% [markdown]
 # One: B copies the block before it writes, and after that A is the only owner of the other one.
@@ -516,7 +520,11 @@ check("paged_attention.append_token", append_token)
 # give the next token. `g2` was sampled before the preemption but never computed, so it has never had
 # keys and values.
 #
-# Real servers got this wrong in several ways, and none of them crashed: the text just changed.
+# Real servers got this wrong. One planned the pass before it knew what the prefix cache would reuse
+# and read past the end of its table ([nano-vllm, pull request
+# 211](https://github.com/GeeeekExplorer/nano-vllm/pull/211)); one threw the new token away
+# ([217](https://github.com/GeeeekExplorer/nano-vllm/pull/217)). Other mistakes crash nothing: the text
+# just changes.
 
 # %% nbgrader={"grade_id": "paged_attention.plan_resume", "solution": true}
 def plan_resume(
@@ -549,14 +557,21 @@ check("paged_attention.plan_resume", plan_resume)
 # %% [markdown]
 # ## 9. Which block size? (2 points, 12 minutes)
 #
-# The guide says that pages "eliminate fragmentation". The last block of each request is still
-# partly empty. Derive how much that is before you go on: lengths are random, blocks have `b` slots.
-# The last block holds 1, 2, ... or `b` tokens, each equally often. How many slots are unused on
-# average?
-#
-# The unused slots are 0, 1, ... or `b - 1`: on average `(b - 1) / 2`. So why not `b = 1`, which
-# wastes nothing? Because each block needs an entry in the block table, 4 bytes, and the kernel must
-# look it up; and because long tables must be stored and sent along.
+# The guide says that pages "eliminate fragmentation". Yet the last block of each request may be partly
+# empty. Say that lengths are random and blocks have `b` slots: the last block holds 1, 2, ... or `b`
+# tokens, each equally often.
+
+# %%
+Predict(
+    "How many slots of a request are unused on average?",
+    answer="(b - 1) / 2",
+    choices=["b / 2", "(b - 1) / 2", "b - 1"],
+    explain="0, 1, ... or b - 1 slots are unused, each equally often.",
+)
+
+# %% [markdown]
+# So why not `b = 1`, which wastes nothing? Because every block needs an entry in the block table, 4
+# bytes, which is stored, sent to the GPU and looked up by the kernel.
 #
 # By hand: a request of 17 tokens in blocks of 16 has 2 blocks, 15 unused slots and 8 bytes of table.
 # With 12 bytes a token its overhead is 15 * 12 + 8 = 188 bytes.

@@ -568,6 +568,10 @@ def forgets_the_values(cache, seq, keys, values):
     appends_right(cache, seq, keys, torch.zeros_like(values))
 
 
+def counts_blocks_from_one(cache, seq, keys, values):
+    cache.tables[seq][cache.lengths[seq] // cache.config.block_size + 1] += 0
+
+
 def calls_the_finished_one(cache, seq, keys, values):
     cache.extend(seq, 1)
 
@@ -876,6 +880,7 @@ WRONG = {
         (forgets_to_count, "forgets-to-count-the-token"),
         (writes_one_slot_late, "writes-the-wrong-slot"),
         (calls_the_finished_one, "uses-the-finished-one"),
+        (counts_blocks_from_one, "raises"),
     ],
     "paged_attention.plan_resume": [
         (resuming(lambda p, g, r: p[r:]), "forgets-what-it-generated"),
