@@ -653,7 +653,7 @@ def _expect_same_story(append: Append, what: str, script: list) -> None:
     """The attempt changes tables as the room's cache does, and leaves the same tokens behind."""
     with recording() as reference:
         _story(_room_append, script)
-    name, hint = "", "look at the tables and the owners at that moment; the notebook draws both runs"
+    name, hint = "", "the notebook draws both runs: look at tables and owners at that moment"
     with recording() as attempt:
         try:
             _story(append, script)

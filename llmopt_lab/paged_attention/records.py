@@ -174,6 +174,7 @@ class Admitted(Record):
     seq: str
     n_tokens: int
     n_reused: int           # of them, found in the prefix cache
+    n_most: int             # tokens it may grow to: what a contiguous cache would reserve
     resumed: bool
 
     def __str__(self) -> str:
@@ -211,7 +212,15 @@ class Stepped(Record):
     work: tuple[tuple[str, int], ...]
 
     def __str__(self) -> str:
-        return f"step {self.number}: " + ", ".join(f"{name} {n}" for name, n in self.work)
+        work = ", ".join(f"{name} {n}" for name, n in self.work)
+        return f"pass {self.number} computes tokens: {work}"
+
+
+# what to record of a real model, whose keys and values are too large for a trace
+EVENTS = (
+    Allocated, Forked, Shared, CopiedOnWrite, Extended, Released, Published, PrefixHit, Evicted,
+    Refused, Admitted, Preempted, Finished, Stepped,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,8 @@ class Scheduler:
         except OutOfBlocks:
             return None
         self.running.append(self.waiting.popleft())
-        record(Admitted(request.name, len(request.tokens), n_reused, resumed=request.was_preempted))
+        n_most, resumed = len(request.prompt) + request.n_new, request.was_preempted
+        record(Admitted(request.name, len(request.tokens), n_reused, n_most, resumed))
         return Work(request, slots)
 
     def _preempt(self, request: Request) -> None:

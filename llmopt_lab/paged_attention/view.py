@@ -37,6 +37,8 @@ class _Pool:
     lengths: dict[str, int] = field(default_factory=dict)
     cached: set[int] = field(default_factory=set)
     tones: dict[str, str] = field(default_factory=dict)
+    n_most: dict[str, int] = field(default_factory=dict)  # a contiguous cache would reserve these
+    served: bool = False  # a scheduler admits: what requests may grow to is known
     touched: set[int] = field(default_factory=set)  # blocks that the latest record changed
 
     def apply(self, what) -> bool:
@@ -48,8 +50,10 @@ class _Pool:
                 self.tones.setdefault(seq, f"owner{len(self.tones) % N_OWNER_TONES}")
                 self.cached.discard(block)
                 self.touched = {block}
-            case Forked(_, seq, length):
+            case Forked(parent, seq, length):
                 self.lengths[seq] = length
+                if parent in self.n_most:
+                    self.n_most[seq] = self.n_most[parent]
             case CopiedOnWrite(seq, logical, _, block):
                 self.tables[seq][logical] = block
                 self.touched = {block}
@@ -61,6 +65,7 @@ class _Pool:
                 self.tables[seq].remove(block)
                 if not self.tables[seq]:
                     del self.tables[seq], self.lengths[seq]
+                    self.n_most.pop(seq, None)
                 if cached:
                     self.cached.add(block)
                 self.touched = {block}
@@ -69,7 +74,10 @@ class _Pool:
                 self.touched = {block}
             case Published(_, block, _):
                 self.touched = {block}
-            case Refused() | Admitted() | Preempted() | Finished() | Stepped():
+            case Admitted(seq, _, _, n_most):
+                self.n_most[seq] = n_most
+                self.served = True
+            case Refused() | Preempted() | Finished() | Stepped():
                 pass
             case _:
                 return False
@@ -121,10 +129,10 @@ def frames(trace: Trace, *, n_blocks: int, block_size: int) -> list[Frame]:
             continue
         tables = _tables(pool, names, width)
         slots = _slots(pool)
+        seq = getattr(step.what, "seq", None)  # arrows of the one that acts: all would tangle
         pairs = tuple(
             ((0, names.index(seq), logical), (1, block, 0))
-            for seq, table in pool.tables.items()
-            for logical, block in enumerate(table)
+            for logical, block in enumerate(pool.tables.get(seq, ()))
         )
         result.append(
             Frame(
@@ -239,14 +247,20 @@ def _block_cell(pool: _Pool, block: int) -> Cell:
     return Cell(text, pool.tone(block), pool.note(block))
 
 
-def _meters(pool: _Pool) -> tuple[Meter, Meter]:
+def _meters(pool: _Pool) -> tuple[Meter, ...]:
     owned = [b for b in range(pool.n_blocks) if pool.owners(b)]
     reserved = len(owned) * pool.block_size
     used = sum(pool.filled(b) for b in owned)
-    return (
+    meters = (
         Meter("blocks in use", len(owned), "blocks", pool.n_blocks),
-        Meter("reserved slots without a token", reserved - used, "slots", reserved, "bad"),
+        Meter("reserved, without a token", reserved - used, "slots", reserved, "bad"),
     )
+    if not pool.served:
+        return meters
+    contiguous = sum(pool.n_most.values())  # nothing shared, everything reserved at admission
+    written = sum(pool.lengths.get(seq, 0) for seq in pool.n_most)
+    title = "contiguous: without a token"
+    return (*meters, Meter(title, contiguous - written, "slots", contiguous or None, "bad"))
 
 
 def _merged(spans: list[Span]) -> list[Span]:

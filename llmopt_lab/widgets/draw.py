@@ -555,6 +555,9 @@ def _arrows(arrows: Arrows, grids: list[tuple[Grid, Room]]) -> Iterator[str]:
         grid, row, column = source
         tone = grids[grid][0].rows[row][column].tone
         beside = source[0] != target[0] and grids[source[0]][1].y == grids[target[0]][1].y
+        label = grids[target[0]][1].label
+        if beside and a.x < b.x and target[2] == 0:  # stop before the row's label
+            b = Room(b.width + label, b.height, b.x - label, b.y)
         yield f'<g class="lm-{tone}">{_arrow(a, b, beside or a.y == b.y)}</g>'
 
 
