@@ -52,11 +52,11 @@ def test_the_notebook_runs_and_moves(open_lab):
     expect(guess).to_contain_text("189")
 
     serving = player_titled(lab, "Serving four requests")
-    box = serving.locator("input[type=range]").bounding_box()
-    middle = box["y"] + box["height"] / 2
-    lab.page.mouse.move(box["x"] + 9, middle)
+    slider = serving.locator("input[type=range]")
+    slider.hover(position={"x": 9, "y": 8})  # waits until the page has stopped scrolling
+    box = slider.bounding_box()
     lab.page.mouse.down()
-    lab.page.mouse.move(box["x"] + box["width"] - 9, middle, steps=20)
+    lab.page.mouse.move(box["x"] + box["width"] - 9, box["y"] + 8, steps=20)
     lab.page.mouse.up()
     assert re.fullmatch(r"step (\d+) of \1", serving.locator(".lm-counter").inner_text())
     assert "contiguous: without a token" in words(serving)
