@@ -63,7 +63,9 @@ class Explore(ipywidgets.VBox):
         }
         self._first = make(**self.values)
         self._made[tuple(self.values.values())] = self._first
-        super().__init__(children=[*self._sliders.values(), self._first])
+        # a box of its own for what changes: a slider that is drawn anew would lose the focus
+        self._place = ipywidgets.VBox([self._first])
+        super().__init__(children=[*self._sliders.values(), self._place])
         for slider in self._sliders.values():
             slider.observe(self._redraw, names="value")
 
@@ -75,10 +77,10 @@ class Explore(ipywidgets.VBox):
     @property
     def shown(self) -> ipywidgets.Widget:
         """The Player on show, or the message in its place."""
-        return self.children[-1]
+        return self._place.children[0]
 
     def _redraw(self, _change) -> None:
-        self.children = [*self._sliders.values(), self._result()]
+        self._place.children = [self._result()]
 
     def _result(self) -> ipywidgets.Widget:
         key = tuple(self.values.values())

@@ -166,6 +166,18 @@ class Lab:
         shown.screenshot(path=file)
         return file
 
+    def settled_box(self, element) -> dict:
+        """Where an element is once it stands still: cells that scroll in get their height late."""
+        element.scroll_into_view_if_needed()
+        before, box = None, element.bounding_box()
+        deadline = time.monotonic() + 20
+        while box != before:
+            assert time.monotonic() < deadline, "the page does not come to rest"
+            self.page.wait_for_timeout(400)
+            element.scroll_into_view_if_needed()
+            before, box = box, element.bounding_box()
+        return box
+
     def n_cells(self) -> int:
         return self.page.locator(".jp-Notebook .jp-Cell").count()
 

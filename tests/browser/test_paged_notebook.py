@@ -53,23 +53,27 @@ def test_the_notebook_runs_and_moves(open_lab):
 
     serving = player_titled(lab, "Serving four requests")
     slider = serving.locator("input[type=range]")
-    slider.hover(position={"x": 9, "y": 8})  # waits until the page has stopped scrolling
-    box = slider.bounding_box()
+    box = lab.settled_box(slider)
+    middle = box["y"] + box["height"] / 2
+    lab.page.mouse.move(box["x"] + 9, middle)
     lab.page.mouse.down()
-    lab.page.mouse.move(box["x"] + box["width"] - 9, box["y"] + 8, steps=20)
+    lab.page.mouse.move(box["x"] + box["width"] - 9, middle, steps=20)
     lab.page.mouse.up()
     assert re.fullmatch(r"step (\d+) of \1", serving.locator(".lm-counter").inner_text())
     assert "contiguous: without a token" in words(serving)
 
     explore = lab.page.locator(".widget-vbox", has_text="slots in the pool").first
     explore.scroll_into_view_if_needed()
-    before = explore.locator(".lm-counter").inner_text()
-    explore.locator(".noUi-handle").nth(1).focus()
+    counter = explore.locator(".lm-counter")
+    expect(counter).to_have_text("step 1 of 22")
+    slots, tokens = (explore.locator(".noUi-handle").nth(i) for i in (0, 1))
+    tokens.focus()
     lab.page.keyboard.press("Home")  # blocks of one token
-    expect(explore.locator(".lm-counter")).not_to_have_text(before)
-    explore.locator(".noUi-handle").nth(1).focus()
-    lab.page.keyboard.press("End")
-    explore.locator(".noUi-handle").nth(0).focus()
+    expect(counter).to_have_text("step 1 of 21")
+    expect(tokens).to_be_focused()
+    lab.page.keyboard.press("End")  # of 32: the slider has kept the focus
+    expect(counter).to_have_text("step 1 of 44")
+    slots.focus()
     lab.page.keyboard.press("Home")
     expect(explore.get_by_role("alert")).to_contain_text("at its longest, the pool has 1")
     # the badge at the top is an image of Colab's, and there may be no network
