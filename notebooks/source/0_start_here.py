@@ -26,7 +26,7 @@
 # The first cell of each notebook is always the same. It installs the course where it is missing, as
 # on Colab, and says in one line what your session has and what that means for you.
 
-# %% tags=["setup", "timing", "NBVAL_IGNORE_OUTPUT"]
+# %% tags=["setup", "timing", "nbval-ignore-output"]
 try:
     import llmopt_lab
 except ModuleNotFoundError:  # on Colab, for instance

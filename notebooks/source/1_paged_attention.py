@@ -27,7 +27,7 @@
 #
 # The exercises are in `exercises/1_paged_attention.ipynb`. Do them after section 3, or at the end.
 
-# %% tags=["setup", "timing", "NBVAL_IGNORE_OUTPUT"]
+# %% tags=["setup", "timing", "nbval-ignore-output"]
 try:
     import llmopt_lab
 except ModuleNotFoundError:  # on Colab, for instance
@@ -364,7 +364,7 @@ guess.reveal(round(runs["blocks of 16"].mean_running))
 # The memory did not grow. Almost six times as many requests share each reading of the model's
 # weights, and that is where the throughput comes from. Watch it fill:
 
-# %% tags=["NBVAL_IGNORE_OUTPUT"]
+# %% tags=["nbval-ignore-output"]
 import matplotlib.pyplot as plt
 
 figure, axes = plt.subplots(figsize=(7.5, 3))
@@ -381,7 +381,7 @@ figure.tight_layout()
 # Two more claims. The guide's scan for free pages looks at the whole pool at each call; ours takes
 # a number off a queue. Time one allocation in pools of 1,000 and 100,000:
 
-# %% tags=["timing", "NBVAL_IGNORE_OUTPUT"]
+# %% tags=["timing", "nbval-ignore-output"]
 from timeit import timeit
 
 from llmopt_lab.paged_attention import BlockPool
@@ -411,7 +411,7 @@ for n in (1_000, 100_000):
 #
 # SmolLM2-135M has 30 layers, 9 query heads and 3 KV heads. To serve another model, change one line.
 
-# %% tags=["timing", "NBVAL_IGNORE_OUTPUT"]
+# %% tags=["timing", "nbval-ignore-output"]
 from llmopt_lab.core.device import pick_device
 from llmopt_lab.nn.weights import load
 
@@ -602,7 +602,7 @@ Predict(
 # Each contender was first checked against an oracle in float64, then timed in one run, on inputs
 # that do not fit the L2 cache. Bars are shares of what the memory can do at best.
 
-# %% tags=["NBVAL_IGNORE_OUTPUT"]
+# %% tags=["nbval-ignore-output"]
 case = next(case for case in recorded["cases"] if case["title"] == EQUAL)
 names = ["ours (Triton)", "FlashAttention-3 paged", "SDPA, contiguous", "gather, then SDPA"]
 figure, axes = plt.subplots(figsize=(7.5, 3.4))
@@ -629,7 +629,7 @@ print(format_results(recorded))
 # %% [markdown]
 # With a GPU, time it here (about a minute); without one this cell says so.
 
-# %% tags=["timing", "NBVAL_IGNORE_OUTPUT"]
+# %% tags=["timing", "nbval-ignore-output"]
 from llmopt_lab.core.bench import run_room
 
 if pick_device().type == "cuda":

@@ -36,7 +36,7 @@
 # where to look next. Stuck? `hint("paged_attention.slot_mapping", 1)` gives the first hint, `2` the
 # second, stronger one. Hints cost no points.
 
-# %% tags=["setup", "timing", "NBVAL_IGNORE_OUTPUT"] nbgrader={"grade_id": "setup-install", "locked": true}
+# %% tags=["setup", "timing", "nbval-ignore-output"] nbgrader={"grade_id": "setup-install", "locked": true}
 try:
     import llmopt_lab
 except ModuleNotFoundError:  # on Colab, for instance

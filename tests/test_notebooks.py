@@ -1,0 +1,58 @@
+"""The published lessons, run by nbval against the outputs stored in them."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+each_lesson = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+@pytest.mark.notebook
+@each_lesson
+def test_a_lesson_gives_its_stored_outputs_within_90_seconds(path):
+    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-cell-timeout=80", "-q", "-o"]
+    start = time.monotonic()
+    run = subprocess.run(
+        [*command, "addopts=", "-p", "no:cacheprovider", str(path)],
+        cwd=path.parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert time.monotonic() - start < 90
+
+
+@each_lesson
+def test_a_lesson_was_executed_leaves_no_warning_and_stores_no_widget_state(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code and all(cell.execution_count for cell in code)
+    outputs = [output for cell in code for output in cell.outputs]
+    assert all(output.output_type != "error" for output in outputs)
+    assert all(output.get("name") != "stderr" for output in outputs)
+    assert "widgets" not in notebook.metadata
+    assert all("widget-view" not in kind for o in outputs for kind in o.get("data", {}))
+
+
+@each_lesson
+def test_every_section_says_how_many_minutes_it_takes(path):
+    notebook = nbformat.read(path, as_version=4)
+    headings = [
+        line
+        for cell in notebook.cells
+        if cell.cell_type == "markdown"
+        for line in cell.source.splitlines()
+        if line.startswith("## ")
+    ]
+    assert headings and all(
+        line.endswith(" minutes)") or line.endswith(" minute)") for line in headings
+    )
