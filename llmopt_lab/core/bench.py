@@ -272,7 +272,7 @@ def _commit() -> str | None:
 
 
 def format_results(results: dict) -> str:
-    """The table a person reads: ms, spread, GB/s, share of the roofline, and the ratio to ours."""
+    """The table a person reads: ms, spread, GB/s, share of the roofline, and time over ours."""
     gpu = results["hardware"]["name"]
     roof = results["roofline"]
     versions = ", ".join(f"{k} {v}" for k, v in results["software"].items() if v)
@@ -281,22 +281,21 @@ def format_results(results: dict) -> str:
         f"measured ceilings: read {roof['read_gb_s']:,.0f} GB/s, "
         f"matrix product {roof['matmul_tflop_s']:,.1f} TFLOP/s",
     ]
+    header = f"  {'contender':24}{'ms':>9}{'p20..p80':>18}{'GB/s':>7}{'TFLOP/s':>9}{'roofline':>10}"
     for case in results["cases"]:
-        lines += ["", case["title"]]
-        header = f"  {'size':34} {'contender':22} {'ms':>9} {'p20..p80':>17} {'GB/s':>8}"
-        lines.append(f"{header} {'TFLOP/s':>8} {'roofline':>9} {'ours is':>9}")
+        lines += ["", case["title"], f"{header}{'/ ours':>8}"]
         for row in case["rows"]:
-            size = ", ".join(f"{k} {v}" for k, v in row["size"].items())
+            lines.append(", ".join(f"{name} {value:,}" for name, value in row["size"].items()))
             ours = [row["results"][n].get("median_ms", math.nan) for n in case["ours"]]
             for name, r in row["results"].items():
                 if "absent" in r:
-                    lines.append(f"  {size:34} {name:22} absent: {r['absent']}")
+                    lines.append(f"  {name:24} absent: {r['absent']}")
                     continue
                 spread = f"{r['p20_ms']:.4f}..{r['p80_ms']:.4f}"
                 ratio = "" if name in case["ours"] else f"{r['median_ms'] / min(ours):.2f}x"
                 lines.append(
-                    f"  {size:34} {name:22} {r['median_ms']:9.4f} {spread:>17} {r['gb_s']:8,.0f} "
-                    f"{r['tflop_s']:8.2f} {r['share_of_roofline']:9.1%} {ratio:>9}"
+                    f"  {name:24}{r['median_ms']:9.4f}{spread:>18}{r['gb_s']:7,.0f}"
+                    f"{r['tflop_s']:9.2f}{r['share_of_roofline']:10.1%}{ratio:>8}"
                 )
     return "\n".join(lines)
 

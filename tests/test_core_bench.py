@@ -1,0 +1,136 @@
+"""Benchmarks: nothing wrong is timed, nothing absent is hidden, and the numbers add up."""
+
+import json
+
+import pytest
+import torch
+
+from llmopt_lab.cli import main
+from llmopt_lab.core import bench
+from llmopt_lab.core.bench import Case, Contender, Roofline, WrongResult
+from llmopt_lab.core.errors import BadInput, Missing
+
+CPU = torch.device("cpu")
+ROOFLINE = Roofline(read_gb_s=10.0, matmul_tflop_s=0.1)
+
+
+def doubled(x):
+    return lambda: 2 * x
+
+
+def case(*contenders: Contender) -> Case:
+    return Case(
+        title="double",
+        sizes=(),
+        cpu_sizes=({"n": 1000},),
+        inputs=lambda device, n: (torch.linspace(-1, 1, n, device=device),),
+        oracle=lambda x: x.double() * 2,
+        contenders=(Contender("ours", doubled, ours=True), *contenders),
+        flops=lambda n: n,
+        min_bytes=lambda n: 8 * n,
+    )
+
+
+def results_of(*contenders: Contender) -> dict:
+    (row,) = bench.run_case(case(*contenders), CPU, ROOFLINE)["rows"]
+    return row["results"]
+
+
+def test_rates_follow_from_the_median_and_the_sizes():
+    ours = results_of()["ours"]
+    seconds = ours["median_ms"] / 1e3
+    assert ours["gb_s"] == pytest.approx(8000 / seconds / 1e9)
+    assert ours["tflop_s"] == pytest.approx(1000 / seconds / 1e12)
+    # 8,000 bytes at 10 GB/s take 0.8 us; 1,000 operations at 0.1 TFLOP/s take 0.01 us
+    assert ours["share_of_roofline"] == pytest.approx(0.0008 / ours["median_ms"])
+    assert ours["p20_ms"] <= ours["median_ms"] <= ours["p80_ms"]
+    assert len(ours["samples_ms"]) >= 5 and ours["max_error"] == 0
+
+
+def test_a_wrong_kernel_of_ours_stops_the_benchmark():
+    wrong = Contender("ours too", lambda x: lambda: 2.001 * x, ours=True)
+    with pytest.raises(WrongResult, match="ours too is wrong, so it was not timed"):
+        results_of(wrong)
+
+
+def test_a_wrong_peer_is_listed_and_not_timed():
+    wrong = Contender("peer", lambda x: lambda: 2.001 * x)
+    assert results_of(wrong)["peer"].keys() == {"absent"}
+    assert results_of(wrong)["peer"]["absent"].startswith("wrong result")
+
+
+def raise_(error):
+    def prepare(x):
+        raise error
+
+    return prepare
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (Missing("pip install peer"), "pip install peer"),
+        (ModuleNotFoundError("No module named 'peer'"), "No module named 'peer'"),
+        (RuntimeError("no kernel for this head size\nmore"), "refuses this input: no kernel for"),
+        (torch.OutOfMemoryError("CUDA"), "out of memory"),
+    ],
+)
+def test_an_absent_peer_is_listed_with_its_reason(error, reason):
+    assert reason in results_of(Contender("peer", raise_(error)))["peer"]["absent"]
+
+
+def test_an_error_in_our_own_kernel_is_not_swallowed():
+    with pytest.raises(RuntimeError, match="broken"):
+        results_of(Contender("ours too", raise_(RuntimeError("broken")), ours=True))
+
+
+def test_the_table_shows_losses_like_wins():
+    slow = Contender("slow peer", lambda x: lambda: sum([x] * 200) / 100)
+    peers = case(slow, Contender("gone", raise_(Missing("x"))))
+    results = {
+        "room": "r", "hardware": {"name": "CPU"}, "software": {"torch": "2"}, "commit": None,
+        "roofline": {"read_gb_s": 1, "matmul_tflop_s": 1},
+        "cases": [bench.run_case(peers, CPU, ROOFLINE)],
+    }  # fmt: skip
+    rows = results["cases"][0]["rows"][0]["results"]
+    rows["ours"]["median_ms"], rows["slow peer"]["median_ms"] = 2.0, 1.0
+    table = bench.format_results(results)
+    assert "0.50x" in table and "gone" in table and "absent: x" in table and "n 1,000" in table
+
+
+def test_a_room_without_benchmarks_is_refused():
+    with pytest.raises(BadInput, match="no room called 'teapot' has benchmarks"):
+        bench.run_room("teapot")
+    with pytest.raises(BadInput, match="no recorded results for 'teapot'"):
+        bench.load_results("teapot")
+
+
+def test_the_command_writes_what_it_prints(tmp_path, capsys):
+    out = tmp_path / "results.json"
+    assert main(["bench", "paged_attention", "--cpu", "--out", str(out)]) == 0
+    written = json.loads(out.read_text())
+    assert bench.format_results(written) in capsys.readouterr().out
+    assert written["software"]["torch"] == torch.__version__
+    ours = [r["results"]["ours (Triton)"] for c in written["cases"] for r in c["rows"]]
+    assert len(ours) == 3 and all(r["max_error"] < 1e-4 for r in ours)
+
+
+def test_recorded_results_name_their_machine_and_hold_raw_samples():
+    for recorded in bench.load_results("paged_attention"):
+        assert "H100" in recorded["hardware"]["name"] and recorded["hardware"]["driver"]
+        assert recorded["software"]["triton"] and recorded["commit"] and recorded["when"]
+        for c in recorded["cases"]:
+            for row in c["rows"]:
+                timed = [r for r in row["results"].values() if "absent" not in r]
+                assert all(len(r["samples_ms"]) >= 20 for r in timed)
+                assert all("absent" not in row["results"][name] for name in c["ours"])
+
+
+@pytest.mark.gpu
+def test_a_gpu_timing_is_close_to_what_the_bandwidth_allows():
+    device = torch.device("cuda")
+    roofline = bench.measure_roofline(device)
+    sets = [torch.randn(1 << 26, device=device) for _ in range(4)]  # 256 MiB each
+    timing = bench.time_calls([x.sum for x in sets], device)
+    assert timing.how == "graph"
+    assert 0.7 < roofline.floor_ms(sets[0].nbytes, 0) / timing.median_ms < 1.1
