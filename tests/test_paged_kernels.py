@@ -18,10 +18,8 @@ from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.errors import BadInput
 from llmopt_lab.paged_attention.cases import decode_inputs, decode_oracle
 from llmopt_lab.paged_attention.kernels import (
-    LARGEST_TILE,
     MAX_SPAN,
     MAX_SPLITS,
-    _tiling,
     choose_span,
     merge_warps,
     paged_attention_decode,
@@ -93,13 +91,13 @@ def test_decode_equals_torchs_attention_on_random_shapes(
     assert_close(paged_attention_decode(*args), decode_oracle(*args))
 
 
-@given(n=st.integers(1, 5000), capacity=st.integers(0, 200_000))
+@given(n=st.integers(1, 5000), capacity=st.integers(0, 200_000), tile=st.sampled_from([32, 64]))
 @settings(max_examples=300, deadline=None, derandomize=True)
-def test_spans_are_whole_tiles_and_bounded_in_number(n, capacity):
-    span = choose_span(n, capacity)
-    assert span % LARGEST_TILE == 0 and span > 0
+def test_spans_are_whole_tiles_and_bounded_in_number(n, capacity, tile):
+    span = choose_span(n, capacity, tile)
+    assert span % tile == 0 and span > 0
     assert -(-capacity // span) <= MAX_SPLITS
-    assert span <= max(MAX_SPAN, capacity // MAX_SPLITS + LARGEST_TILE)
+    assert span <= max(MAX_SPAN, capacity // MAX_SPLITS + tile)
 
 
 def test_written_tokens_land_in_their_slots_and_nowhere_else():
@@ -174,9 +172,8 @@ STRIDES = {
 MODULE = "llmopt_lab.paged_attention.kernels"
 
 
-def decode_spec(target: str, dtype: str, d_head: int, n_splits: int, span: int) -> dict:
-    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-    tile, n_warps, n_stages = _tiling(dtypes[dtype], span)
+def decode_spec(target: str, dtype: str, d_head: int, n_splits: int) -> dict:
+    tile, n_warps = (32, 8) if dtype == "fp32" else (64, 4)
     part = "fp32" if n_splits > 1 else dtype
     pdl = target in ("sm_90", "sm_100")
     return {
@@ -188,7 +185,7 @@ def decode_spec(target: str, dtype: str, d_head: int, n_splits: int, span: int) 
         | {"scale_log2": "fp32", "span": "i32"},
         "constexprs": {
             "N_SPLITS": n_splits, "BLOCK_SIZE": 16, "GROUP": 4, "ROWS": 16, "D": d_head,
-            "TILE": tile, "PRECISION": "ieee" if dtype == "fp32" else "tf32", "STAGES": n_stages,
+            "TILE": tile, "PRECISION": "ieee" if dtype == "fp32" else "tf32", "STAGES": 2,
             "PDL": pdl,
         },
         "aligned": [name for name in STRIDES if name[:2] in ("q_", "k_", "v_")],
@@ -223,9 +220,9 @@ def write_spec(target: str) -> dict:
 def specs_of(target: str) -> list[dict]:
     dtypes = ["fp16", "fp32"] if target == "sm_75" else ["fp16", "bf16", "fp32"]
     decodes = [
-        decode_spec(target, dtype, *sizes)
+        decode_spec(target, dtype, d_head, n_splits)
         for dtype in dtypes
-        for sizes in ((64, 1, 1024), (128, 8, 1024), (128, 32, 128))  # d_head, n_splits, span
+        for d_head, n_splits in ((64, 1), (128, 8))
     ]
     merges = [merge_spec(target, splits) for splits in (4, 64, MAX_SPLITS)]
     return [*decodes, *merges, write_spec(target)]
