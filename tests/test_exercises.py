@@ -8,6 +8,7 @@ import ast
 import contextlib
 import importlib.util
 import io
+import linecache
 import re
 import sys
 import tokenize
@@ -197,6 +198,38 @@ def test_each_named_wrong_attempt_gets_its_own_misconception_and_message(source)
             assert f'hint("{exercise.name}", 1)' in str(refused.value)
             messages.add(str(refused.value))
         assert len(messages) == len(wrong), f"{exercise.name}: two attempts share a message"
+
+
+def sections(notebook) -> list[list]:
+    """The code cells below each `## ` heading; cells tagged setup are left out."""
+    found: list[list] = [[]]
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and re.search(r"^## ", cell.source, re.M):
+            found.append([])
+        elif cell.cell_type == "code" and "setup" not in cell.metadata.get("tags", []):
+            found[-1].append(cell)
+    return found
+
+
+def run_cell(cell, namespace: dict, name: str) -> None:
+    """Execute a cell; its source stays readable, as Triton and inspect want it."""
+    linecache.cache[name] = (len(cell.source), None, cell.source.splitlines(True), name)
+    exec(compile(cell.source, name, "exec"), namespace)
+
+
+@each_chapter
+def test_each_exercise_needs_the_setup_cells_and_its_own_alone(source, capsys):
+    notebook = build.read_source(source)
+    setup = [cell for cell in notebook.cells if "setup" in cell.metadata.get("tags", [])]
+    for number, section in enumerate(sections(notebook)):
+        checks = [c for c in section if c.metadata.get("nbgrader", {}).get("grade")]
+        if not checks:
+            continue
+        namespace = {"__name__": "__main__"}
+        for index, cell in enumerate(setup + section):
+            run_cell(cell, namespace, f"<{source.stem} section {number} cell {index}>")
+        out = capsys.readouterr().out
+        assert all(f"{exercise_of(cell.id)}: done" in out for cell in checks), section
 
 
 @pytest.mark.notebook
