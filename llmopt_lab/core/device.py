@@ -60,7 +60,9 @@ def _driver_version() -> str:
 
 
 def version_of(package: str) -> str | None:
-    """Installed version of a package, or None."""
+    """Installed version of a package, or None. torch's own names its build, as in 2.11.0+cu128."""
+    if package == "torch":
+        return str(torch.__version__)
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
