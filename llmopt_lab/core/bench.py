@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.device import hardware_facts, pick_device, software_facts
-from llmopt_lab.core.errors import BadInput, LabError, Missing, require
+from llmopt_lab.core.errors import BadInput, LabError, require
 from llmopt_lab.core.memory import ceil_div
 
 COLD_BYTES = 512 << 20  # several times the L2 of any supported GPU
@@ -210,11 +210,11 @@ def _run_contender(contender: Contender, sets: list[tuple], want: Tensor, device
     try:
         calls = [contender.prepare(*inputs) for inputs in sets]
         got = calls[0]()
-    except (Missing, ImportError) as absent:
+    except ImportError as absent:  # Missing is one
         return {"absent": str(absent)}
     except torch.OutOfMemoryError:
         return {"absent": "out of memory"}
-    except (RuntimeError, NotImplementedError, AttributeError, TypeError) as refused:
+    except (RuntimeError, AttributeError, TypeError) as refused:
         if contender.ours:
             raise
         return {"absent": f"refuses this input: {str(refused).strip().splitlines()[0][:200]}"}

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import sys
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import torch
 
@@ -36,7 +37,12 @@ def gpu_facts() -> GpuFacts | None:
     """The facts of the current GPU, or None without one."""
     if not torch.cuda.is_available():
         return None
-    p = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return _facts_of(torch.cuda.current_device())
+
+
+@cache  # launchers ask at every launch, and the driver's version takes an NVML session
+def _facts_of(device: int) -> GpuFacts:
+    p = torch.cuda.get_device_properties(device)
     return GpuFacts(
         name=p.name,
         capability=(p.major, p.minor),

@@ -46,6 +46,7 @@ class PagedAttend:
         self.cache = cache
         self.slots = slots  # (n_tokens,)
         self.tables, self.lengths = cache.table_tensor(seqs)  # (batch, ..), (batch,)
+        self.longest = max(cache.lengths[seq] for seq in seqs)  # known here without asking a GPU
         self.decode = _decode_with_kernel if _kernel_fits(cache) else _decode_eagerly
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, scale: float) -> Tensor:
@@ -75,10 +76,8 @@ class PagedAttend:
 
     def _gather(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of every sequence, copied out of the pool and padded to the longest."""
-        longest = int(self.lengths.max())
-        tables = self.tables.long()
         return tuple(
-            pool[layer][tables].flatten(1, 2)[:, :longest].transpose(1, 2)
+            pool[layer][self.tables].flatten(1, 2)[:, : self.longest].transpose(1, 2)
             for pool in (self.cache.keys, self.cache.values)
         )  # (batch, n_kv_heads, longest, d_head) each
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from llmopt_lab.core.errors import require
 from llmopt_lab.core.memory import ceil_div
 from llmopt_lab.core.trace import record
-from llmopt_lab.paged_attention.records import Allocated, Extended, PrefixHit, Published
+from llmopt_lab.paged_attention.records import PrefixHit, Published
 from llmopt_lab.paged_attention.reference import PagedCache
 
 
@@ -71,13 +71,8 @@ def admit(
         owners = cache.pool.share(block)
         cache.tables[seq].append(block)
         record(PrefixHit(seq, logical, block, owners))
-    n_reused = len(hits) * cache.config.block_size
-    for block in cache.pool.allocate(n_more):
-        cache.tables[seq].append(block)
-        record(Allocated(seq, len(cache.tables[seq]) - 1, block))
-    cache.lengths[seq] = len(tokens)
-    record(Extended(seq, len(tokens), len(tokens) - n_reused))
-    return n_reused, cache.slots(seq, n_reused)
+    n_reused = cache.lengths[seq] = len(hits) * cache.config.block_size
+    return n_reused, cache.extend(seq, len(tokens) - n_reused)
 
 
 def publish(cache: PagedCache, seq: str, tokens: Sequence[int], *, salt: str = "") -> None:

@@ -158,9 +158,7 @@ def serving_frames(trace: Trace, *, n_blocks: int, block_size: int) -> list[Fram
         if not pool.apply(step.what):
             continue
         match step.what:
-            case Admitted() | Preempted() | Finished() | Refused():
-                events.append(str(step.what))
-            case Forked() | CopiedOnWrite():
+            case Admitted() | Preempted() | Finished() | Refused() | Forked() | CopiedOnWrite():
                 events.append(str(step.what))
         if isinstance(step.what, Preempted):
             spans[step.what.seq].append(Span(len(result), len(result) + 1, "", "bad"))
