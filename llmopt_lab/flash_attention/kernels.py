@@ -1,0 +1,644 @@
+"""Flash attention in Triton, forward and backward, as one differentiable torch operator.
+
+The forward kernel has the loops of the reference: one program owns a tile of queries and absorbs
+the keys and values tile by tile. The backward pass keeps no probabilities; two kernels compute
+them again from the log-sum-exp of each row: one owns a tile of keys and walks the queries (dK and
+dV), one owns a tile of queries and walks the keys (dQ). Every sum has one owner and one order, so
+there are no atomics and two runs give the same bits.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmopt_lab.core.device import GpuFacts, gpu_facts, interpreting, prepare_triton
+from llmopt_lab.core.errors import require
+
+prepare_triton()
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)   # exp(x) == exp2(x * LOG2_E), exp2 is one instruction
+MIN_D = 16                                  # tl.dot wants at least 16 columns
+MAX_D = 256
+
+
+@triton.jit
+def _owned(n_tiles, n_heads):
+    """(tile, head, batch) of this program: the tiles of one head start one after the other."""
+    pid = tl.program_id(0)
+    rest = pid // n_tiles
+    return pid % n_tiles, rest % n_heads, (rest // n_heads).to(tl.int64)
+
+
+@triton.jit
+def _row_end(row, n_q, n_k, CAUSAL: tl.constexpr):
+    """Row r sees the keys [0, end): all, or those up to its own place, aligned at the end."""
+    end = tl.zeros_like(row) + n_k
+    if CAUSAL:
+        end = tl.minimum(row + 1 + n_k - n_q, n_k)
+    return end
+
+
+@triton.jit
+def _key_range(first_q, n_q, n_k, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, CAUSAL: tl.constexpr):
+    """All rows of a query tile see the keys [0, full), whole tiles; none sees a key from `end`."""
+    full, end = n_k // TILE_K * TILE_K, n_k
+    if CAUSAL:
+        full = tl.maximum(tl.minimum(first_q + 1 + n_k - n_q, n_k), 0) // TILE_K * TILE_K
+        end = tl.maximum(tl.minimum(first_q + TILE_Q + n_k - n_q, n_k), 0)
+    return full, end
+
+
+@triton.jit
+def _rows_of(
+    x_ptr, n_rows, x_row,
+    ROWS: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
+):
+    """Where `_load_rows` finds the rows of one head: a pointer, or a descriptor for Hopper's TMA."""
+    if TMA:
+        rows = tl.make_tensor_descriptor(x_ptr, [n_rows, D_HEAD], [x_row, 1], [ROWS, D])
+    else:
+        rows = x_ptr
+    return rows
+
+
+@triton.jit
+def _load_rows(
+    rows, first, n_rows, x_row,
+    ROWS: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
+    CHECKED: tl.constexpr,          # whether the tile may end past n_rows
+):
+    """Rows [first, first + ROWS) of one head, (ROWS, D): 0 past n_rows and past D_HEAD."""
+    if TMA:
+        x = rows.load([first, 0])
+    else:
+        row = tl.arange(0, ROWS)                                        # (ROWS,)
+        d = tl.arange(0, D)                                             # (D,)
+        base = rows + tl.cast(first, tl.int64) * x_row
+        at = base + row[:, None] * x_row + d[None, :]                   # (ROWS, D)
+        if CHECKED:
+            ok = (first + row < n_rows)[:, None]
+            if D_HEAD < D:
+                ok = ok & (d < D_HEAD)[None, :]
+            x = tl.load(at, ok, other=0.0)
+        elif D_HEAD < D:
+            x = tl.load(at, (d < D_HEAD)[None, :], other=0.0)
+        else:
+            x = tl.load(at)
+    return x
+
+
+@triton.jit
+def _store_rows(
+    x_ptr, x, first, n_rows, x_row, ROWS: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr
+):
+    row = tl.arange(0, ROWS)                                            # (ROWS,)
+    d = tl.arange(0, D)                                                 # (D,)
+    base = x_ptr + tl.cast(first, tl.int64) * x_row
+    at = base + row[:, None] * x_row + d[None, :]                       # (ROWS, D)
+    ok = (first + row < n_rows)[:, None] & (d < D_HEAD)[None, :]
+    tl.store(at, x.to(x_ptr.dtype.element_ty), ok)
+
+
+@triton.jit
+def _absorb(
+    m, total, acc,                  # (TILE_Q,), (TILE_Q,), (TILE_Q, D): the softmax so far
+    q, row_end,                     # (TILE_Q, D), (TILE_Q,)
+    k_rows, v_rows, k_row, v_row,
+    begin, end, n_k, scale_log2,
+    MASKED: tl.constexpr,           # whether some row sees only a part of these keys
+    TILE_K: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+):
+    """Fold the keys [begin, end) into the running softmax, TILE_K at a time."""
+    for first in tl.range(begin, end, TILE_K, num_stages=STAGES):
+        k = _load_rows(k_rows, first, n_k, k_row, TILE_K, D_HEAD, D, TMA, CHECKED=MASKED)
+        v = _load_rows(v_rows, first, n_k, v_row, TILE_K, D_HEAD, D, TMA, CHECKED=MASKED)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)      # (TILE_Q, TILE_K)
+        if MASKED:
+            token = first + tl.arange(0, TILE_K)                        # (TILE_K,)
+            scores = tl.where(token[None, :] < row_end[:, None], scores, -float("inf"))
+        m_new = tl.maximum(m, tl.max(scores, axis=1) * scale_log2)      # (TILE_Q,)
+        if MASKED:
+            # a row that sees no key keeps m = -inf, and -inf - -inf would be NaN
+            top = tl.where(m_new == -float("inf"), 0.0, m_new)
+        else:
+            top = m_new
+        shrink = tl.exp2(m - top)                                       # (TILE_Q,)
+        p = tl.exp2(scores * scale_log2 - top[:, None])                 # (TILE_Q, TILE_K)
+        total = shrink * total + tl.sum(p, axis=1)
+        acc = shrink[:, None] * acc
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)  # (TILE_Q, D)
+        m = m_new
+    return m, total, acc
+
+
+@triton.jit
+def _forward_kernel(
+    q_ptr, k_ptr, v_ptr,            # (batch, n_heads, n_q, D_HEAD), (batch, n_kv_heads, n_k, ..)
+    out_ptr, lse_ptr,               # like q; (batch, n_heads, n_q) float32
+    q_batch, q_head, q_row,         # strides in elements; the last dimension is contiguous
+    k_batch, k_head, k_row,
+    v_batch, v_head, v_row,
+    out_batch, out_head, out_row,
+    n_heads, n_q, n_k, scale,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """One program: TILE_Q queries of one head against all the keys they see."""
+    tile, head, batch = _owned(tl.cdiv(n_q, TILE_Q), n_heads)
+    kv_head = head // GROUP
+    # the last tile first: under a causal mask it has most work
+    first_q = (tl.cdiv(n_q, TILE_Q) - 1 - tile) * TILE_Q
+    scale_log2 = scale * LOG2_E
+    k_at = k_ptr + batch * k_batch + kv_head.to(tl.int64) * k_head
+    v_at = v_ptr + batch * v_batch + kv_head.to(tl.int64) * v_head
+    k_rows = _rows_of(k_at, n_k, k_row, TILE_K, D_HEAD, D, TMA)
+    v_rows = _rows_of(v_at, n_k, v_row, TILE_K, D_HEAD, D, TMA)
+    q_at = q_ptr + batch * q_batch + head.to(tl.int64) * q_head
+    q = _load_rows(q_at, first_q, n_q, q_row, TILE_Q, D_HEAD, D, False, CHECKED=True)
+
+    row = first_q + tl.arange(0, TILE_Q)                                # (TILE_Q,)
+    row_end = _row_end(row, n_q, n_k, CAUSAL)                           # (TILE_Q,)
+    full, end = _key_range(first_q, n_q, n_k, TILE_Q, TILE_K, CAUSAL)
+
+    m = tl.full((TILE_Q,), -float("inf"), tl.float32)
+    total = tl.zeros((TILE_Q,), tl.float32)
+    acc = tl.zeros((TILE_Q, D), tl.float32)
+    m, total, acc = _absorb(
+        m, total, acc, q, row_end, k_rows, v_rows, k_row, v_row, 0, full, n_k, scale_log2,
+        False, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
+    )
+    m, total, acc = _absorb(
+        m, total, acc, q, row_end, k_rows, v_rows, k_row, v_row, full, end, n_k, scale_log2,
+        True, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
+    )
+
+    total = tl.where(total == 0, 1.0, total)    # a row that saw no key: out 0, lse -inf (from m)
+    out_at = out_ptr + batch * out_batch + head.to(tl.int64) * out_head
+    _store_rows(out_at, acc / total[:, None], first_q, n_q, out_row, TILE_Q, D_HEAD, D)
+    lse = (m + tl.log2(total)) / LOG2_E                                 # (TILE_Q,)
+    tl.store(lse_ptr + (batch * n_heads + head) * n_q + row, lse, row < n_q)
+
+
+@triton.jit
+def _delta_kernel(
+    out_ptr, dout_ptr,              # (batch, n_heads, n_q, D_HEAD)
+    dlse_ptr, delta_ptr,            # (batch, n_heads, n_q) float32, contiguous
+    out_batch, out_head, out_row, dout_batch, dout_head, dout_row,
+    n_heads, n_q,
+    D_HEAD: tl.constexpr, D: tl.constexpr, TILE_Q: tl.constexpr,
+):
+    """One program: delta = rowsum(dout * out) - dlse of TILE_Q rows; dS is P * (dP - delta)."""
+    tile, head, batch = _owned(tl.cdiv(n_q, TILE_Q), n_heads)
+    first = tile * TILE_Q
+    row = first + tl.arange(0, TILE_Q)                                  # (TILE_Q,)
+    out_at = out_ptr + batch * out_batch + head.to(tl.int64) * out_head
+    dout_at = dout_ptr + batch * dout_batch + head.to(tl.int64) * dout_head
+    out = _load_rows(out_at, first, n_q, out_row, TILE_Q, D_HEAD, D, False, CHECKED=True)
+    dout = _load_rows(dout_at, first, n_q, dout_row, TILE_Q, D_HEAD, D, False, CHECKED=True)
+    at = (batch * n_heads + head) * n_q + row                           # (TILE_Q,)
+    dlse = tl.load(dlse_ptr + at, row < n_q, other=0.0)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1) - dlse
+    tl.store(delta_ptr + at, delta, row < n_q)
+
+
+@triton.jit
+def _add_to_dk_dv(
+    dk, dv, k, v,                   # (TILE_K, D) each: this program's keys
+    q_rows, dout_rows, lse_at, delta_at, q_row, dout_row,
+    first_k, begin, end, n_q, n_k, scale_log2,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+):
+    """What the queries [begin, end) of one head send to these keys. Scores lie keys by queries."""
+    for first in tl.range(begin, end, TILE_Q, num_stages=STAGES):
+        row = first + tl.arange(0, TILE_Q)                              # (TILE_Q,)
+        q = _load_rows(q_rows, first, n_q, q_row, TILE_Q, D_HEAD, D, TMA, CHECKED=True)
+        # past the end p must be 0, whatever the keys: exp2(score - inf)
+        lse = tl.load(lse_at + row, row < n_q, other=float("inf"))      # (TILE_Q,)
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)      # (TILE_K, TILE_Q)
+        p = tl.exp2(scores * scale_log2 - (lse * LOG2_E)[None, :])
+        if MASKED:
+            token = first_k + tl.arange(0, TILE_K)                      # (TILE_K,)
+            p = tl.where(token[:, None] < _row_end(row, n_q, n_k, CAUSAL)[None, :], p, 0.0)
+        dout = _load_rows(dout_rows, first, n_q, dout_row, TILE_Q, D_HEAD, D, TMA, CHECKED=True)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        delta = tl.load(delta_at + row, row < n_q, other=0.0)           # (TILE_Q,)
+        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)       # (TILE_K, TILE_Q)
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def _dk_dv_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr,
+    dk_ptr, dv_ptr,                 # like k and v
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    dout_batch, dout_head, dout_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
+    n_kv_heads, n_q, n_k, scale,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """One program: TILE_K keys of one KV head against every query of its group that sees them."""
+    tile, kv_head, batch = _owned(tl.cdiv(n_k, TILE_K), n_kv_heads)
+    first_k = tile * TILE_K     # the first tile first: under a causal mask most queries see it
+    scale_log2 = scale * LOG2_E
+    k_at = k_ptr + batch * k_batch + kv_head.to(tl.int64) * k_head
+    v_at = v_ptr + batch * v_batch + kv_head.to(tl.int64) * v_head
+    k = _load_rows(k_at, first_k, n_k, k_row, TILE_K, D_HEAD, D, False, CHECKED=True)
+    v = _load_rows(v_at, first_k, n_k, v_row, TILE_K, D_HEAD, D, False, CHECKED=True)
+    # rows before `begin` see none of these keys, rows from `full` on see all of them
+    begin, full = 0, 0
+    if CAUSAL:
+        begin = tl.maximum(first_k + n_q - n_k, 0) // TILE_Q * TILE_Q
+        full = tl.cdiv(tl.maximum(first_k + TILE_K - 1 + n_q - n_k, 0), TILE_Q) * TILE_Q
+
+    dk = tl.zeros((TILE_K, D), tl.float32)
+    dv = tl.zeros((TILE_K, D), tl.float32)
+    for member in range(GROUP):
+        head = kv_head.to(tl.int64) * GROUP + member
+        q_at = q_ptr + batch * q_batch + head * q_head
+        dout_at = dout_ptr + batch * dout_batch + head * dout_head
+        q_rows = _rows_of(q_at, n_q, q_row, TILE_Q, D_HEAD, D, TMA)
+        dout_rows = _rows_of(dout_at, n_q, dout_row, TILE_Q, D_HEAD, D, TMA)
+        lse_at = lse_ptr + (batch * n_kv_heads * GROUP + head) * n_q
+        delta_at = delta_ptr + (batch * n_kv_heads * GROUP + head) * n_q
+        if CAUSAL:
+            dk, dv = _add_to_dk_dv(
+                dk, dv, k, v, q_rows, dout_rows, lse_at, delta_at, q_row, dout_row,
+                first_k, begin, tl.minimum(full, n_q), n_q, n_k, scale_log2,
+                True, CAUSAL, TILE_Q, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
+            )
+        dk, dv = _add_to_dk_dv(
+            dk, dv, k, v, q_rows, dout_rows, lse_at, delta_at, q_row, dout_row,
+            first_k, full, n_q, n_q, n_k, scale_log2,
+            False, CAUSAL, TILE_Q, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
+        )
+    dk_at = dk_ptr + batch * dk_batch + kv_head.to(tl.int64) * dk_head
+    dv_at = dv_ptr + batch * dv_batch + kv_head.to(tl.int64) * dv_head
+    _store_rows(dk_at, dk * scale, first_k, n_k, dk_row, TILE_K, D_HEAD, D)
+    _store_rows(dv_at, dv, first_k, n_k, dv_row, TILE_K, D_HEAD, D)
+
+
+@triton.jit
+def _add_to_dq(
+    dq, q, dout, lse, delta,        # (TILE_Q, D) three times, (TILE_Q,) twice: this program's rows
+    row_end, k_rows, v_rows, k_row, v_row, begin, end, n_k, scale_log2,
+    MASKED: tl.constexpr, TILE_K: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+):
+    """What the keys [begin, end) send to these queries."""
+    for first in tl.range(begin, end, TILE_K, num_stages=STAGES):
+        k = _load_rows(k_rows, first, n_k, k_row, TILE_K, D_HEAD, D, TMA, CHECKED=MASKED)
+        v = _load_rows(v_rows, first, n_k, v_row, TILE_K, D_HEAD, D, TMA, CHECKED=MASKED)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)      # (TILE_Q, TILE_K)
+        p = tl.exp2(scores * scale_log2 - (lse * LOG2_E)[:, None])
+        if MASKED:
+            token = first + tl.arange(0, TILE_K)                        # (TILE_K,)
+            p = tl.where(token[None, :] < row_end[:, None], p, 0.0)
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)       # (TILE_Q, TILE_K)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)   # (TILE_Q, D)
+    return dq
+
+
+@triton.jit
+def _dq_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr,
+    dq_ptr,                         # like q
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    dout_batch, dout_head, dout_row, dq_batch, dq_head, dq_row,
+    n_heads, n_q, n_k, scale,
+    GROUP: tl.constexpr, CAUSAL: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """One program: the gradient of TILE_Q queries of one head, over all the keys they see."""
+    tile, head, batch = _owned(tl.cdiv(n_q, TILE_Q), n_heads)
+    kv_head = head // GROUP
+    # the last tile first: under a causal mask it has most work
+    first_q = (tl.cdiv(n_q, TILE_Q) - 1 - tile) * TILE_Q
+    scale_log2 = scale * LOG2_E
+    k_at = k_ptr + batch * k_batch + kv_head.to(tl.int64) * k_head
+    v_at = v_ptr + batch * v_batch + kv_head.to(tl.int64) * v_head
+    k_rows = _rows_of(k_at, n_k, k_row, TILE_K, D_HEAD, D, TMA)
+    v_rows = _rows_of(v_at, n_k, v_row, TILE_K, D_HEAD, D, TMA)
+    q_at = q_ptr + batch * q_batch + head.to(tl.int64) * q_head
+    dout_at = dout_ptr + batch * dout_batch + head.to(tl.int64) * dout_head
+    q = _load_rows(q_at, first_q, n_q, q_row, TILE_Q, D_HEAD, D, False, CHECKED=True)
+    dout = _load_rows(dout_at, first_q, n_q, dout_row, TILE_Q, D_HEAD, D, False, CHECKED=True)
+    row = first_q + tl.arange(0, TILE_Q)                                # (TILE_Q,)
+    at = (batch * n_heads + head) * n_q + row                           # (TILE_Q,)
+    lse = tl.load(lse_ptr + at, row < n_q, other=float("inf"))
+    delta = tl.load(delta_ptr + at, row < n_q, other=0.0)
+
+    row_end = _row_end(row, n_q, n_k, CAUSAL)                           # (TILE_Q,)
+    full, end = _key_range(first_q, n_q, n_k, TILE_Q, TILE_K, CAUSAL)
+    dq = tl.zeros((TILE_Q, D), tl.float32)
+    dq = _add_to_dq(
+        dq, q, dout, lse, delta, row_end, k_rows, v_rows, k_row, v_row, 0, full, n_k, scale_log2,
+        False, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
+    )
+    dq = _add_to_dq(
+        dq, q, dout, lse, delta, row_end, k_rows, v_rows, k_row, v_row, full, end, n_k, scale_log2,
+        True, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
+    )
+    dq_at = dq_ptr + batch * dq_batch + head.to(tl.int64) * dq_head
+    _store_rows(dq_at, dq * scale, first_q, n_q, dq_row, TILE_Q, D_HEAD, D)
+
+
+def flash_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale * Q K^T) V without the score matrix in memory, forward and backward.
+
+    Args:
+        q: (batch, n_heads, n_q, d_head); float32, float16 or bfloat16; d_head a multiple of 8 up
+            to 256. Powers of two waste nothing, others run at the next power of two.
+        k, v: (batch, n_kv_heads, n_k, d_head), the dtype of `q`; n_kv_heads divides n_heads
+            (grouped-query attention). Only the last dimension of each must be contiguous.
+        causal: query i sees the keys up to i + n_k - n_q: the last query sees every key.
+        scale: of the scores, positive; 1/sqrt(d_head) if None.
+        return_lse: also return the log-sum-exp of each row's scaled scores.
+
+    Returns:
+        (batch, n_heads, n_q, d_head), the dtype of `q`, and with `return_lse` the natural
+        log-sum-exp, (batch, n_heads, n_q) float32. Both are differentiable, once. A row that sees
+        no key (causal and n_q > n_k, or n_k = 0) gives 0 and -inf. Two runs give the same bits.
+
+    Raises:
+        BadInput: a shape, dtype, device, layout or scale is wrong.
+
+    Cost: forward 4 * batch * n_heads * n_q * n_k * d_head operations, about half of it causal;
+    backward 3.5 times that, since both of its kernels compute the scores again. Memory: lse, and
+    delta of the same size in the backward pass, beside inputs, results and gradients.
+    Source: Dao 2023 (FlashAttention-2), Algorithms 1 and 2; two kernels instead of atomics.
+    """
+    out, lse = _flash_attention(q, k, v, causal, scale)
+    return (out, lse) if return_lse else out
+
+
+@torch.library.custom_op("llmopt_lab::flash_attention", mutates_args=())
+def _flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    _check(q, k, v, scale)
+    return _forward(q, k, v, causal, _scale_of(q, scale))
+
+
+@_flash_attention.register_fake
+def _(q, k, v, causal, scale):
+    _check(q, k, v, scale)
+    return _empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("llmopt_lab::flash_attention_backward", mutates_args=())
+def _flash_attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor,
+    causal: bool, scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _backward(q, k, v, out, lse, dout, dlse, causal, _scale_of(q, scale))
+
+
+@_flash_attention_backward.register_fake
+def _(q, k, v, out, lse, dout, dlse, causal, scale):
+    return _empty_like(q), _empty_like(k), _empty_like(v)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _gradients(ctx, dout, dlse):
+    grads = _flash_attention_backward(*ctx.saved_tensors, dout, dlse, ctx.causal, ctx.scale)
+    return *grads, None, None
+
+
+_flash_attention.register_autograd(_gradients, setup_context=_save)
+
+
+def _forward(q, k, v, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """out and lse."""
+    batch, n_heads, n_q, d_head = q.shape
+    d = _padded(d_head)
+    tiles = choose_tiles("forward", d, q.dtype, gpu_facts())
+    tma = _prepare_tma(tiles, k, v)
+    out = _empty_like(q)
+    lse = q.new_empty(batch, n_heads, n_q, dtype=torch.float32)
+    _forward_kernel[(triton.cdiv(n_q, tiles.tile_q) * n_heads * batch,)](
+        q, k, v, out, lse,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        n_heads, n_q, k.shape[2], scale,
+        GROUP=n_heads // k.shape[1], CAUSAL=causal, D_HEAD=d_head, D=d,
+        TILE_Q=tiles.tile_q, TILE_K=tiles.tile_k, PRECISION=_precision(q.dtype),
+        STAGES=tiles.n_stages, TMA=tma, num_warps=tiles.n_warps,
+    )  # fmt: skip
+    return out, lse
+
+
+def _backward(q, k, v, out, lse, dout, dlse, causal: bool, scale: float):
+    """dq, dk and dv."""
+    batch, n_heads, n_q, d_head = q.shape
+    _, n_kv_heads, n_k, _ = k.shape
+    d = _padded(d_head)
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()  # autograd may send an expanded one
+    delta = torch.empty_like(lse)
+    rows = 64 if d <= 128 else 32
+    _delta_kernel[(triton.cdiv(n_q, rows) * n_heads * batch,)](
+        out, dout, dlse.contiguous(), delta, *out.stride()[:3], *dout.stride()[:3], n_heads, n_q,
+        D_HEAD=d_head, D=d, TILE_Q=rows,
+    )  # fmt: skip
+    dq, dk, dv = _empty_like(q), _empty_like(k), _empty_like(v)
+    shared = {
+        "GROUP": n_heads // n_kv_heads, "CAUSAL": causal, "D_HEAD": d_head, "D": d,
+        "PRECISION": _precision(q.dtype),
+    }  # fmt: skip
+    inputs = (q, k, v, dout, lse, delta)
+    strides = [stride for x in (q, k, v, dout) for stride in x.stride()[:3]]
+
+    tiles = choose_tiles("dk_dv", d, q.dtype, gpu_facts())
+    _dk_dv_kernel[(triton.cdiv(n_k, tiles.tile_k) * n_kv_heads * batch,)](
+        *inputs, dk, dv, *strides, *dk.stride()[:3], *dv.stride()[:3], n_kv_heads, n_q, n_k, scale,
+        TILE_Q=tiles.tile_q, TILE_K=tiles.tile_k, STAGES=tiles.n_stages,
+        TMA=_prepare_tma(tiles, q, dout), num_warps=tiles.n_warps, **shared,
+    )  # fmt: skip
+    tiles = choose_tiles("dq", d, q.dtype, gpu_facts())
+    _dq_kernel[(triton.cdiv(n_q, tiles.tile_q) * n_heads * batch,)](
+        *inputs, dq, *strides, *dq.stride()[:3], n_heads, n_q, n_k, scale,
+        TILE_Q=tiles.tile_q, TILE_K=tiles.tile_k, STAGES=tiles.n_stages,
+        TMA=_prepare_tma(tiles, k, v), num_warps=tiles.n_warps, **shared,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+class Tiles(NamedTuple):
+    """Rows of the query and of the key tile, warps, pipeline stages, tiles through Hopper's TMA."""
+
+    tile_q: int
+    tile_k: int
+    n_warps: int
+    n_stages: int
+    tma: bool = False
+
+
+# (kernel, bytes an element, largest padded d_head): tiles for an H100
+TILES = {
+    ("forward", 2, 64): Tiles(128, 64, 4, 3),
+    ("forward", 2, 128): Tiles(128, 128, 8, 2),
+    ("forward", 2, 256): Tiles(128, 64, 8, 2),
+    ("dk_dv", 2, 64): Tiles(64, 128, 8, 2),
+    ("dk_dv", 2, 128): Tiles(64, 128, 8, 2),
+    ("dk_dv", 2, 256): Tiles(32, 64, 8, 2),
+    ("dq", 2, 64): Tiles(128, 64, 8, 3),
+    ("dq", 2, 128): Tiles(128, 64, 8, 2),
+    ("dq", 2, 256): Tiles(64, 32, 8, 2),
+    ("forward", 4, 64): Tiles(64, 32, 4, 2),
+    ("forward", 4, 128): Tiles(64, 32, 8, 2),
+    ("forward", 4, 256): Tiles(32, 32, 8, 2),
+    ("dk_dv", 4, 64): Tiles(32, 64, 8, 2),
+    ("dk_dv", 4, 128): Tiles(32, 32, 8, 2),
+    ("dk_dv", 4, 256): Tiles(16, 32, 8, 1),
+    ("dq", 4, 64): Tiles(64, 32, 8, 2),
+    ("dq", 4, 128): Tiles(32, 32, 8, 2),
+    ("dq", 4, 256): Tiles(32, 16, 8, 1),
+}
+
+
+def choose_tiles(kernel: str, d: int, dtype: torch.dtype, gpu: GpuFacts | None) -> Tiles:
+    """Tiles of "forward", "dk_dv" or "dq" that fit the GPU's shared memory."""
+    if gpu is None:
+        return Tiles(32, 16, 4, 1)      # interpreted: small, so that small examples have several
+    return fitting_tiles(kernel, d, dtype.itemsize, _shared_bytes(gpu))
+
+
+def fitting_tiles(kernel: str, d: int, itemsize: int, shared_bytes: int) -> Tiles:
+    """The table's tiles; where they need more shared memory, fewer stages, then smaller tiles."""
+    tiles = TILES[kernel, itemsize, next(width for width in (64, 128, 256) if d <= width)]
+    while _bytes_needed(kernel, tiles, d, itemsize) > shared_bytes:
+        if tiles.n_stages > 1:
+            tiles = tiles._replace(n_stages=tiles.n_stages - 1)
+        elif tiles.tile_q >= tiles.tile_k:
+            tiles = tiles._replace(tile_q=tiles.tile_q // 2)
+        else:
+            tiles = tiles._replace(tile_k=tiles.tile_k // 2)
+    return tiles
+
+
+def _bytes_needed(kernel: str, tiles: Tiles, d: int, itemsize: int) -> int:
+    """The tiles a program keeps, and two tiles a stage of what it walks."""
+    kept, walked = {
+        "forward": (tiles.tile_q, tiles.tile_k),
+        "dk_dv": (2 * tiles.tile_k, tiles.tile_q),
+        "dq": (2 * tiles.tile_q, tiles.tile_k),
+    }[kernel]
+    return itemsize * d * (kept + 2 * tiles.n_stages * walked)
+
+
+def _shared_bytes(gpu: GpuFacts) -> int:
+    """Most shared memory of one program."""
+    if torch.version.hip is not None or gpu.capability < (8, 0):
+        return 64 << 10
+    if gpu.capability in ((8, 0), (8, 7)):
+        return 163 << 10
+    return 227 << 10 if gpu.capability[0] in (9, 10) else 99 << 10
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Of float32 products: three tf32 products are as exact and much faster, where they exist."""
+    gpu = gpu_facts()
+    has_tf32 = torch.version.hip is None and gpu is not None and gpu.capability >= (8, 0)
+    return "tf32x3" if dtype == torch.float32 and has_tf32 else "ieee"
+
+
+def _prepare_tma(tiles: Tiles, *walked: Tensor) -> bool:
+    """Whether to walk these tensors through TMA, which wants addresses in steps of 16 bytes."""
+    if not tiles.tma or not all(
+        x.data_ptr() % 16 == 0 and all(s * x.itemsize % 16 == 0 for s in x.stride()[:3])
+        for x in walked
+    ):
+        return False
+    # descriptors made in a kernel live in a buffer; set here because threads have their own setting
+    triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=walked[0].device))
+    return True
+
+
+def _padded(d_head: int) -> int:
+    return max(MIN_D, triton.next_power_of_2(d_head))
+
+
+def _scale_of(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    """Dense, with heads and rows in memory in the order of `x`."""
+    batch, n_heads, n, d_head = x.shape
+    if x.stride(1) < x.stride(2):
+        return x.new_empty(batch, n, n_heads, d_head).transpose(1, 2)
+    return x.new_empty(x.shape)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+    """Refuse bad input before any work."""
+    require(q.ndim == 4, f"q must be (batch, n_heads, n_q, d_head); got {tuple(q.shape)}")
+    batch, n_heads, _, d_head = q.shape
+    require(
+        k.ndim == 4 and k.shape == v.shape,
+        "k and v must both be (batch, n_kv_heads, n_k, d_head); "
+        f"got {tuple(k.shape)} and {tuple(v.shape)}",
+    )
+    require(
+        k.shape[0] == batch and k.shape[3] == d_head,
+        f"q, k and v must have the same batch and d_head; got q {tuple(q.shape)}, "
+        f"k {tuple(k.shape)}",
+    )
+    require(
+        k.shape[1] > 0 and n_heads > 0 and n_heads % k.shape[1] == 0,
+        f"n_heads must be a multiple of n_kv_heads; got {n_heads} and {k.shape[1]}",
+    )
+    require(
+        0 < d_head <= MAX_D and d_head % 8 == 0,
+        f"d_head must be a multiple of 8 up to {MAX_D}; got {d_head}",
+    )
+    require(
+        q.dtype in (torch.float32, torch.float16, torch.bfloat16),
+        f"the dtype must be float32, float16 or bfloat16; got {q.dtype}",
+    )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        require(
+            x.dtype == q.dtype and x.device == q.device,
+            f"{name} must be {q.dtype} on {q.device} like q; got {x.dtype} on {x.device}",
+        )
+        require(
+            x.numel() == 0 or x.stride(-1) == 1,
+            f"the last dimension of {name} must be contiguous: call .contiguous()",
+        )
+    require(
+        q.is_cuda or interpreting(),
+        f"q is on the {q.device} but Triton compiles for the GPU in this session: move it there",
+    )
+    require(
+        q.is_cuda or q.dtype != torch.bfloat16,
+        "bfloat16 needs a GPU: Triton's CPU interpreter computes on its bit pattern "
+        "and returns wrong numbers. Use float32.",
+    )
+    require(
+        scale is None or (math.isfinite(scale) and scale > 0),
+        f"scale must be a positive finite number; got {scale}",
+    )
