@@ -6,7 +6,7 @@ import torch
 
 from llmopt_lab.core.errors import require
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,15 @@ class ModelConfig:
     qkv_bias: bool = False
     out_bias: bool = False  # of the attention's output projection
     qk_norm: bool = False  # RMSNorm of each query and key head before RoPE (Qwen3)
+    n_experts: int | None = None  # in each layer, of width d_ff each; None is one SwiGLU (Mixtral)
+    top_k: int | None = None  # experts that a token visits
     bos: int | None = None
     eos: tuple[int, ...] = ()
 
     def __post_init__(self):
         for name, size in vars(self).items():
+            if size is None and name == "n_experts":
+                continue
             if name.startswith(("n_", "d_")) or name in ("max_positions", "rope_theta"):
                 require(size > 0, f"{name} must be positive; got {size}")
         require(self.rms_eps >= 0, f"rms_eps must not be negative; got {self.rms_eps}")
@@ -71,6 +75,13 @@ class ModelConfig:
             self.d_head % 2 == 0,
             f"d_head must be even, because RoPE rotates pairs; got {self.d_head}",
         )
+        if self.n_experts is None:
+            require(self.top_k is None, f"top_k is {self.top_k}, but there are no experts: n_experts")
+        else:
+            require(
+                self.top_k is not None and 1 <= self.top_k <= self.n_experts,
+                f"top_k must lie in [1, n_experts = {self.n_experts}]; got {self.top_k}",
+            )
 
     @property
     def group_size(self) -> int:
@@ -79,12 +90,22 @@ class ModelConfig:
 
     @property
     def n_parameters(self) -> int:
-        """Weights of the whole model with SwiGLU layers; tied embeddings count once."""
+        """Weights of the whole model with its own feed-forward; tied embeddings count once."""
+        return self._n_parameters(self.n_experts or 1)
+
+    @property
+    def n_active_parameters(self) -> int:
+        """Weights that one token meets: of a mixture of experts, top_k experts a layer."""
+        return self._n_parameters(self.top_k or 1)
+
+    def _n_parameters(self, n_experts: int) -> int:
         d_q, d_kv = self.n_heads * self.d_head, self.n_kv_heads * self.d_head
         attention = 2 * self.d_model * (d_q + d_kv)
         attention += self.qkv_bias * (d_q + 2 * d_kv) + self.out_bias * self.d_model
         attention += self.qk_norm * 2 * self.d_head
-        layer = attention + 3 * self.d_model * self.d_ff + 2 * self.d_model
+        feed_forward = n_experts * 3 * self.d_model * self.d_ff
+        feed_forward += self.d_model * (self.n_experts or 0)  # the router
+        layer = attention + feed_forward + 2 * self.d_model
         embeddings = self.n_vocab * self.d_model * (1 if self.tie_embeddings else 2)
         return embeddings + self.n_layers * layer + self.d_model
 
@@ -94,7 +115,8 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config_json: dict) -> "ModelConfig":
-        """Read the content of a Hugging Face config.json of a Llama, Mistral, Qwen2 or Qwen3 model.
+        """Read the content of a Hugging Face config.json of a Llama, Mistral, Mixtral, Qwen2 or
+        Qwen3 model.
 
         A sliding window is honoured by lowering `max_positions` to it: within the window the
         result is the same as with full attention, and beyond it the model refuses.
@@ -109,13 +131,10 @@ class ModelConfig:
             family in FAMILIES,
             f"model_type {family!r} is not supported; this model reads {', '.join(FAMILIES)}",
         )
-        for key in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-        ):
+        keys = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
+        keys += ["num_attention_heads"]
+        keys += ["num_local_experts", "num_experts_per_tok"] * (family == "mixtral")
+        for key in keys:
             require(
                 isinstance(c.get(key), int),
                 f"config.json needs a whole number {key!r}; got {c.get(key)!r}",
@@ -143,9 +162,63 @@ class ModelConfig:
             qkv_bias=all_biased or family == "qwen2",
             out_bias=all_biased,
             qk_norm=family == "qwen3",
+            n_experts=c["num_local_experts"] if family == "mixtral" else None,
+            top_k=c["num_experts_per_tok"] if family == "mixtral" else None,
             bos=c.get("bos_token_id"),
             eos=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
         )
+
+    def to_hf(self) -> dict:
+        """The content of a Hugging Face config.json that `from_hf` reads back as this config.
+
+        Raises:
+            BadInput: switches that no architecture of FAMILIES has together.
+        """
+        family = (
+            "mixtral" if self.n_experts
+            else "qwen3" if self.qk_norm
+            else "qwen2" if self.qkv_bias and not self.out_bias
+            else "llama"
+        )  # fmt: skip
+        rope = {"rope_type": "default", "rope_theta": self.rope_theta}
+        if self.rope_scaling is not None:
+            s = self.rope_scaling
+            rope |= {
+                "rope_type": "llama3",
+                "factor": s.factor,
+                "low_freq_factor": s.low_freq_factor,
+                "high_freq_factor": s.high_freq_factor,
+                "original_max_position_embeddings": s.original_max_positions,
+            }
+        content = {
+            "architectures": [f"{family.capitalize()}ForCausalLM"],
+            "model_type": family,
+            "vocab_size": self.n_vocab,
+            "hidden_size": self.d_model,
+            "intermediate_size": self.d_ff,
+            "num_hidden_layers": self.n_layers,
+            "num_attention_heads": self.n_heads,
+            "num_key_value_heads": self.n_kv_heads,
+            "head_dim": self.d_head,
+            "hidden_act": "silu",
+            "rms_norm_eps": self.rms_eps,
+            "max_position_embeddings": self.max_positions,
+            "rope_parameters": rope,  # transformers 5
+            "rope_theta": self.rope_theta,  # and those before it
+            "tie_word_embeddings": self.tie_embeddings,
+            "bos_token_id": self.bos,
+            "eos_token_id": self.eos[0] if len(self.eos) == 1 else list(self.eos) or None,
+        }
+        if family in ("llama", "qwen3"):
+            content["attention_bias"] = self.qkv_bias
+        if family == "mixtral":
+            content |= {"num_local_experts": self.n_experts, "num_experts_per_tok": self.top_k}
+            content["sliding_window"] = None
+        require(
+            ModelConfig.from_hf(content) == self,
+            f"no Hugging Face architecture of {', '.join(FAMILIES)} has all of: {self}",
+        )
+        return content
 
 
 def _refuse_what_changes_the_result(c: dict) -> None:
@@ -171,7 +244,7 @@ def _refuse_what_changes_the_result(c: dict) -> None:
 
 def _window(c: dict) -> int:
     """Positions within which sliding-window attention equals full attention."""
-    if c["model_type"] == "mistral" or c.get("use_sliding_window"):
+    if c["model_type"] in ("mistral", "mixtral") or c.get("use_sliding_window"):
         window = c.get("sliding_window", 4096)
     else:
         window = None

@@ -1,8 +1,8 @@
 """A Llama-shaped Transformer that takes its attention and its feed-forward layers by argument.
 
 Parameters are named as in Hugging Face checkpoints without their `model.` prefix.
-Sources: Touvron et al. 2023 (LLaMA); Su et al. 2021 (RoPE); Shazeer 2020 (SwiGLU);
-Ainslie et al. 2023 (GQA); Zhang and Sennrich 2019 (RMSNorm).
+Sources: Touvron et al. 2023 (LLaMA); Su et al. 2021 (RoPE); Ainslie et al. 2023 (GQA);
+Zhang and Sennrich 2019 (RMSNorm).
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llmopt_lab.core.errors import require
 from llmopt_lab.nn.config import ModelConfig
+from llmopt_lab.nn.feed_forward import MixtureOfExperts, SwiGLU
 
 # attend(q, k, v, *, layer, scale) -> out: what a chapter replaces. After RoPE, of the NEW tokens:
 #   q, out  (batch, n_heads, n, d_head)        k, v  (batch, n_kv_heads, n, d_head)
@@ -41,19 +42,6 @@ class RMSNorm(nn.Module):
         wide = x.float() if x.dtype.itemsize < 4 else x
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * normed.to(x.dtype)
-
-
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), the same in every layer."""
-
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Attention(nn.Module):
@@ -105,7 +93,8 @@ class Transformer(nn.Module):
         config: sizes and switches.
         attend: `attend(q, k, v, *, layer, scale) -> out`, on the new tokens after RoPE: q and out
             (batch, n_heads, n, d_head), k and v (batch, n_kv_heads, n, d_head).
-        feed_forward: `feed_forward(config, layer) -> nn.Module`, (batch, n, d_model) to the same.
+        feed_forward: `feed_forward(config, layer) -> nn.Module`, (batch, n, d_model) to the same;
+            if None, SwiGLU, or MixtureOfExperts where the config has experts.
     """
 
     def __init__(
@@ -113,9 +102,11 @@ class Transformer(nn.Module):
         config: ModelConfig,
         *,
         attend: Attend = causal_attention,
-        feed_forward: FeedForward = SwiGLU,
+        feed_forward: FeedForward | None = None,
     ):
         super().__init__()
+        if feed_forward is None:
+            feed_forward = SwiGLU if config.n_experts is None else MixtureOfExperts
         self.config = config
         self.attend = attend
         # standard deviation 0.02; not normal_, which on the meta device imports 140 MB of torch

@@ -1,8 +1,9 @@
-"""Load a language model by name, folder or file. Nothing is read twice, nothing is kept twice."""
+"""Load a language model by name, folder or file, and save one. Nothing is read or kept twice."""
 
 import importlib.util
 import json
 import re
+import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ from torch import Tensor
 from llmopt_lab.core.device import pick_device
 from llmopt_lab.core.errors import BadInput, Missing, require
 from llmopt_lab.nn.config import ModelConfig
-from llmopt_lab.nn.transformer import Attend, FeedForward, SwiGLU, Transformer, causal_attention
+from llmopt_lab.nn.transformer import Attend, FeedForward, Transformer, causal_attention
 
 EMBEDDED = Path(__file__).parent / "models"
 SMOLLM2 = "smollm2-135m"
@@ -138,7 +139,7 @@ def load(
         model = Transformer(
             source.config,
             attend=attend or causal_attention,
-            feed_forward=feed_forward or SwiGLU,
+            feed_forward=feed_forward,
         )
     return LanguageModel(
         name=str(name),
@@ -217,21 +218,100 @@ class HfFolder:
         self.config = ModelConfig.from_hf(config_json)
         self.tokenizer = _read_tokenizer(path / "tokenizer.json")
         self.chat_template = _read_chat_template(path)
-        self._source: dict[str, tuple[Path, str]] = {}  # our name -> file, its name there
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        # our name -> where its pieces are: None is the whole, a number that expert
+        self._pieces: dict[str, dict[int | None, tuple[Path, str, tuple[int, ...]]]] = {}
         for file in _weight_files(path):
             with _open_safetensors(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118  not a dict
-                    ours = name.removeprefix("model.")
-                    self._source[ours] = file, name
-                    self.shapes[ours] = tuple(tensors.get_slice(name).get_shape())
+                    ours, expert = _our_name(name)
+                    shape = tuple(tensors.get_slice(name).get_shape())
+                    self._pieces.setdefault(ours, {})[expert] = file, name, shape
+        self.shapes = {name: self._whole_shape(name) for name in self._pieces}
 
-    def read(self, name: str) -> Iterator[tuple[slice, Tensor]]:
-        """One tensor as it is stored, in one piece: (all rows, their values)."""
-        file, stored_name = self._source[name]
-        # opened for each tensor: a mapping that stays open keeps all its pages in memory
-        with _open_safetensors(file) as tensors:
-            yield slice(None), tensors.get_tensor(stored_name)
+    def _whole_shape(self, name: str) -> tuple[int, ...]:
+        pieces = self._pieces[name]
+        shapes = {shape for _, _, shape in pieces.values()}
+        if None in pieces:
+            return shapes.pop()
+        n_experts = len(pieces)
+        require(
+            set(pieces) == set(range(n_experts)) and len(shapes) == 1,
+            f"{self.path}: the experts of {name} must be numbered from 0 and have one shape; got "
+            f"{sorted(pieces)} and {sorted(shapes)}",
+        )
+        return (n_experts, *shapes.pop())
+
+    def read(self, name: str) -> Iterator[tuple[slice | int, Tensor]]:
+        """One tensor as it is stored: (all rows, their values), or (expert, its matrix)."""
+        for expert, (file, stored_name, _) in self._pieces[name].items():
+            # opened for each tensor: a mapping that stays open keeps all its pages in memory
+            with _open_safetensors(file) as tensors:
+                yield slice(None) if expert is None else expert, tensors.get_tensor(stored_name)
+
+
+# Mixtral's files have a matrix for each expert, the model has one tensor for all of them.
+EXPERT_FILES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
+def _our_name(stored: str) -> tuple[str, int | None]:
+    """A stored tensor's name in `Transformer.state_dict()`, and its expert if it is one's."""
+    name = stored.removeprefix("model.").replace(".block_sparse_moe.gate.", ".mlp.gate.")
+    expert = re.fullmatch(r"(.*)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight", name)
+    if expert is None:
+        return name, None
+    layer, number, matrix = expert.groups()
+    ours = {theirs: ours for ours, theirs in EXPERT_FILES.items()}[matrix]
+    return f"{layer}.mlp.{ours}", int(number)
+
+
+def _stored_pieces(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """The tensors that a Hugging Face file has for one of our own: the way back of `_our_name`."""
+    if weight.dim() == 3:
+        layer, _, matrix = name.rpartition(".mlp.")
+        return {
+            f"model.{layer}.block_sparse_moe.experts.{e}.{EXPERT_FILES[matrix]}.weight": piece
+            for e, piece in enumerate(weight)
+        }
+    name = name.replace(".mlp.gate.", ".block_sparse_moe.gate.")
+    return {name if name.startswith("lm_head.") else f"model.{name}": weight}
+
+
+def save(
+    model: Transformer,
+    folder: str | Path,
+    tokenizer_files: Sequence[str | Path] = (),
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write a model in Hugging Face format: `load` and transformers read it back.
+
+    Args:
+        model: with its own feed-forward layers.
+        folder: made if missing; its config.json, generation_config.json and model.safetensors are
+            overwritten.
+        tokenizer_files: copied into the folder under their own names.
+        dtype: that the weights are rounded to.
+
+    Raises:
+        BadInput: a config that no Hugging Face architecture has, a tokenizer file that is missing.
+    """
+    from safetensors.torch import save_file
+
+    folder, files = Path(folder), [Path(file) for file in tokenizer_files]
+    config = model.config.to_hf() | {"dtype": str(dtype).removeprefix("torch.")}
+    for file in files:
+        require(file.is_file(), f"the tokenizer file {file} is missing")
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for name, weight in model.state_dict().items():
+        for stored, piece in _stored_pieces(name, weight.detach()).items():
+            tensors[stored] = piece.to("cpu", dtype).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    special = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
+    for name, content in (("config", config), ("generation_config", special)):
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
 
 
 def _open_safetensors(file: Path):

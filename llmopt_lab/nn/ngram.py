@@ -1,0 +1,102 @@
+"""An n-gram language model with interpolated, modified Kneser-Ney smoothing.
+
+The strongest model of the time before neural networks, as a yardstick for the lab models.
+Source: Chen and Goodman 1999, section 3 (equation 2 and the discounts D1, D2, D3+).
+"""
+
+import numpy as np
+
+from llmopt_lab.core.errors import require
+
+
+class NGram:
+    """Probabilities of a token after the `order` - 1 tokens before it.
+
+    An n-gram is one integer, `bits` bits a token, so counting is sorting and a look-up is a binary
+    search. The text is one row: n-grams run across the ends of documents.
+
+    Args:
+        tokens: (n,) integers in [0, n_vocab), n >= order.
+
+    Cost: memory and time of sorting n 64-bit integers, once an order.
+    """
+
+    def __init__(self, tokens: np.ndarray, *, order: int, n_vocab: int):
+        self.order, self.n_vocab = order, n_vocab
+        self.bits = max(1, int(n_vocab - 1).bit_length())
+        require(
+            1 <= order and order * self.bits <= 64,
+            f"order must be from 1 to {64 // self.bits} for {n_vocab} tokens; got {order}",
+        )
+        tokens = self._checked(tokens)
+        require(len(tokens) >= order, f"needs at least {order} tokens; got {len(tokens)}")
+        # The highest order counts how often an n-gram stands in the text; a lower one how many
+        # different tokens stand before it, which is what Kneser and Ney found.
+        self.levels = []
+        grams, counts = np.unique(self._windows(tokens, order), return_counts=True)
+        for n in range(order, 0, -1):
+            self.levels.append(Level(grams, counts, self.bits))
+            if n > 1:
+                tail = (1 << np.uint64(self.bits * (n - 1))) - np.uint64(1)
+                grams, counts = np.unique(grams & tail, return_counts=True)
+        self.levels.reverse()  # levels[n - 1] is of order n
+
+    def probabilities(self, tokens: np.ndarray) -> np.ndarray:
+        """P(tokens[i] | up to order - 1 tokens before it) for every i, (n,) float64."""
+        tokens = self._checked(tokens)
+        p = np.full(len(tokens), 1 / self.n_vocab)
+        for n, level in enumerate(self.levels, 1):
+            if len(tokens) >= n:
+                p[n - 1 :] = level.interpolate(self._windows(tokens, n), p[n - 1 :])
+        return p
+
+    def _checked(self, tokens: np.ndarray) -> np.ndarray:
+        tokens = np.asarray(tokens)
+        require(tokens.ndim == 1, f"tokens must be one row, (n,); got {tokens.shape}")
+        require(
+            tokens.size == 0 or (tokens.min() >= 0 and tokens.max() < self.n_vocab),
+            f"tokens must lie in [0, {self.n_vocab})",
+        )
+        return tokens.astype(np.uint64)
+
+    def _windows(self, tokens: np.ndarray, n: int) -> np.ndarray:
+        """All n-grams of a row as integers, the first token in the highest bits."""
+        grams = np.zeros(len(tokens) - n + 1, np.uint64)
+        for i in range(n):
+            grams = (grams << np.uint64(self.bits)) | tokens[i : len(tokens) - n + 1 + i]
+        return grams
+
+
+class Level:
+    """The n-grams of one order: sorted, with their counts and those of their contexts."""
+
+    def __init__(self, grams: np.ndarray, counts: np.ndarray, bits: int):
+        self.grams, self.counts, self.bits = grams, counts, np.uint64(bits)
+        singles, pairs, triples, quads = ((counts == c).sum() for c in (1, 2, 3, 4))
+        y = singles / max(1, singles + 2 * pairs)
+        # D1, D2, D3+; where a text is too small to estimate them, Y itself serves
+        self.discounts = np.array(
+            [0.0]
+            + [
+                np.clip(c - (c + 1) * y * more / few, 0, c) if few and more else min(y, c)
+                for c, few, more in ((1, singles, pairs), (2, pairs, triples), (3, triples, quads))
+            ]
+        )
+        discount = self.discounts[np.minimum(counts, 3)]
+        self.contexts, first = np.unique(grams >> self.bits, return_index=True)
+        self.totals = np.add.reduceat(counts, first).astype(np.float64)
+        self.left = np.add.reduceat(discount, first) / self.totals  # mass for the lower order
+
+    def interpolate(self, grams: np.ndarray, lower: np.ndarray) -> np.ndarray:
+        """The probability of each gram's last token, given that of the next lower order."""
+        where, known = find(self.contexts, grams >> self.bits)
+        place, seen = find(self.grams, grams)
+        count = np.where(seen, self.counts[place], 0)
+        own = np.maximum(count - self.discounts[np.minimum(count, 3)], 0) / self.totals[where]
+        return np.where(known, own + self.left[where] * lower, lower)
+
+
+def find(ordered: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each value stands in an ordered array (some place if nowhere), and whether it does."""
+    place = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
+    return place, ordered[place] == values
