@@ -55,12 +55,14 @@ def _key_range(first_q, n_q, n_k, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, CA
 
 @triton.jit
 def _rows_of(
-    x_ptr, n_rows, x_row,
+    x_ptr, n_heads, n_rows, x_head, x_row,
     ROWS: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
 ):
-    """Where `_load_rows` finds the rows of one head: a pointer, or a descriptor for Hopper's TMA."""
+    """Where `_load_rows` finds (n_heads, n_rows, D_HEAD): a pointer, or a TMA descriptor of it."""
     if TMA:
-        rows = tl.make_tensor_descriptor(x_ptr, [n_rows, D_HEAD], [x_row, 1], [ROWS, D])
+        rows = tl.make_tensor_descriptor(
+            x_ptr, [n_heads, n_rows, D_HEAD], [x_head, x_row, 1], [1, ROWS, D]
+        )
     else:
         rows = x_ptr
     return rows
@@ -68,18 +70,18 @@ def _rows_of(
 
 @triton.jit
 def _load_rows(
-    rows, first, n_rows, x_row,
+    rows, head, first, n_rows, x_head, x_row,
     ROWS: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
     CHECKED: tl.constexpr,          # whether the tile may end past n_rows
 ):
     """Rows [first, first + ROWS) of one head, (ROWS, D): 0 past n_rows and past D_HEAD."""
     if TMA:
-        x = rows.load([first, 0])
+        x = rows.load([head, first, 0]).reshape(ROWS, D)
     else:
         row = tl.arange(0, ROWS)                                        # (ROWS,)
         d = tl.arange(0, D)                                             # (D,)
-        base = rows + tl.cast(first, tl.int64) * x_row
-        at = base + row[:, None] * x_row + d[None, :]                   # (ROWS, D)
+        start = rows + tl.cast(head, tl.int64) * x_head + tl.cast(first, tl.int64) * x_row
+        at = start + row[:, None] * x_row + d[None, :]                  # (ROWS, D)
         if CHECKED:
             ok = (first + row < n_rows)[:, None]
             if D_HEAD < D:
@@ -94,12 +96,13 @@ def _load_rows(
 
 @triton.jit
 def _store_rows(
-    x_ptr, x, first, n_rows, x_row, ROWS: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr
+    x_ptr, x, head, first, n_rows, x_head, x_row,
+    ROWS: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
 ):
     row = tl.arange(0, ROWS)                                            # (ROWS,)
     d = tl.arange(0, D)                                                 # (D,)
-    base = x_ptr + tl.cast(first, tl.int64) * x_row
-    at = base + row[:, None] * x_row + d[None, :]                       # (ROWS, D)
+    start = x_ptr + tl.cast(head, tl.int64) * x_head + tl.cast(first, tl.int64) * x_row
+    at = start + row[:, None] * x_row + d[None, :]                      # (ROWS, D)
     ok = (first + row < n_rows)[:, None] & (d < D_HEAD)[None, :]
     tl.store(at, x.to(x_ptr.dtype.element_ty), ok)
 
@@ -108,7 +111,7 @@ def _store_rows(
 def _absorb(
     m, total, acc,                  # (TILE_Q,), (TILE_Q,), (TILE_Q, D): the softmax so far
     q, row_end,                     # (TILE_Q, D), (TILE_Q,)
-    k_rows, v_rows, k_row, v_row,
+    k_rows, v_rows, kv_head, k_head, k_row, v_head, v_row,
     begin, end, n_k, scale_log2,
     MASKED: tl.constexpr,           # whether some row sees only a part of these keys
     TILE_K: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
@@ -116,8 +119,12 @@ def _absorb(
 ):
     """Fold the keys [begin, end) into the running softmax, TILE_K at a time."""
     for first in tl.range(begin, end, TILE_K, num_stages=STAGES):
-        k = _load_rows(k_rows, first, n_k, k_row, TILE_K, D_HEAD, D, TMA, CHECKED=MASKED)
-        v = _load_rows(v_rows, first, n_k, v_row, TILE_K, D_HEAD, D, TMA, CHECKED=MASKED)
+        k = _load_rows(
+            k_rows, kv_head, first, n_k, k_head, k_row, TILE_K, D_HEAD, D, TMA, CHECKED=MASKED
+        )
+        v = _load_rows(
+            v_rows, kv_head, first, n_k, v_head, v_row, TILE_K, D_HEAD, D, TMA, CHECKED=MASKED
+        )
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)      # (TILE_Q, TILE_K)
         if MASKED:
             token = first + tl.arange(0, TILE_K)                        # (TILE_K,)
@@ -156,12 +163,13 @@ def _forward_kernel(
     # the last tile first: under a causal mask it has most work
     first_q = (tl.cdiv(n_q, TILE_Q) - 1 - tile) * TILE_Q
     scale_log2 = scale * LOG2_E
-    k_at = k_ptr + batch * k_batch + kv_head.to(tl.int64) * k_head
-    v_at = v_ptr + batch * v_batch + kv_head.to(tl.int64) * v_head
-    k_rows = _rows_of(k_at, n_k, k_row, TILE_K, D_HEAD, D, TMA)
-    v_rows = _rows_of(v_at, n_k, v_row, TILE_K, D_HEAD, D, TMA)
-    q_at = q_ptr + batch * q_batch + head.to(tl.int64) * q_head
-    q = _load_rows(q_at, first_q, n_q, q_row, TILE_Q, D_HEAD, D, False, CHECKED=True)
+    k_at, v_at = k_ptr + batch * k_batch, v_ptr + batch * v_batch
+    k_rows = _rows_of(k_at, n_heads // GROUP, n_k, k_head, k_row, TILE_K, D_HEAD, D, TMA)
+    v_rows = _rows_of(v_at, n_heads // GROUP, n_k, v_head, v_row, TILE_K, D_HEAD, D, TMA)
+    q_at = q_ptr + batch * q_batch
+    q = _load_rows(
+        q_at, head, first_q, n_q, q_head, q_row, TILE_Q, D_HEAD, D, False, CHECKED=True
+    )
 
     row = first_q + tl.arange(0, TILE_Q)                                # (TILE_Q,)
     row_end = _row_end(row, n_q, n_k, CAUSAL)                           # (TILE_Q,)
@@ -171,17 +179,20 @@ def _forward_kernel(
     total = tl.zeros((TILE_Q,), tl.float32)
     acc = tl.zeros((TILE_Q, D), tl.float32)
     m, total, acc = _absorb(
-        m, total, acc, q, row_end, k_rows, v_rows, k_row, v_row, 0, full, n_k, scale_log2,
+        m, total, acc, q, row_end,
+        k_rows, v_rows, kv_head, k_head, k_row, v_head, v_row, 0, full, n_k, scale_log2,
         False, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
     )
     m, total, acc = _absorb(
-        m, total, acc, q, row_end, k_rows, v_rows, k_row, v_row, full, end, n_k, scale_log2,
+        m, total, acc, q, row_end,
+        k_rows, v_rows, kv_head, k_head, k_row, v_head, v_row, full, end, n_k, scale_log2,
         True, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
     )
 
     total = tl.where(total == 0, 1.0, total)    # a row that saw no key: out 0, lse -inf (from m)
-    out_at = out_ptr + batch * out_batch + head.to(tl.int64) * out_head
-    _store_rows(out_at, acc / total[:, None], first_q, n_q, out_row, TILE_Q, D_HEAD, D)
+    out_at = out_ptr + batch * out_batch
+    acc = acc / total[:, None]
+    _store_rows(out_at, acc, head, first_q, n_q, out_head, out_row, TILE_Q, D_HEAD, D)
     lse = (m + tl.log2(total)) / LOG2_E                                 # (TILE_Q,)
     tl.store(lse_ptr + (batch * n_heads + head) * n_q + row, lse, row < n_q)
 
@@ -198,10 +209,14 @@ def _delta_kernel(
     tile, head, batch = _owned(tl.cdiv(n_q, TILE_Q), n_heads)
     first = tile * TILE_Q
     row = first + tl.arange(0, TILE_Q)                                  # (TILE_Q,)
-    out_at = out_ptr + batch * out_batch + head.to(tl.int64) * out_head
-    dout_at = dout_ptr + batch * dout_batch + head.to(tl.int64) * dout_head
-    out = _load_rows(out_at, first, n_q, out_row, TILE_Q, D_HEAD, D, False, CHECKED=True)
-    dout = _load_rows(dout_at, first, n_q, dout_row, TILE_Q, D_HEAD, D, False, CHECKED=True)
+    out = _load_rows(
+        out_ptr + batch * out_batch, head, first, n_q, out_head, out_row,
+        TILE_Q, D_HEAD, D, False, CHECKED=True,
+    )
+    dout = _load_rows(
+        dout_ptr + batch * dout_batch, head, first, n_q, dout_head, dout_row,
+        TILE_Q, D_HEAD, D, False, CHECKED=True,
+    )
     at = (batch * n_heads + head) * n_q + row                           # (TILE_Q,)
     dlse = tl.load(dlse_ptr + at, row < n_q, other=0.0)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1) - dlse
@@ -211,28 +226,42 @@ def _delta_kernel(
 @triton.jit
 def _add_to_dk_dv(
     dk, dv, k, v,                   # (TILE_K, D) each: this program's keys
-    q_rows, dout_rows, lse_at, delta_at, q_row, dout_row,
+    q_rows, dout_rows, lse_at, delta_at,    # of all heads
+    first_head, q_head, q_row, dout_head, dout_row,
     first_k, begin, end, n_q, n_k, scale_log2,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+    MASKED: tl.constexpr, GROUP: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):
-    """What the queries [begin, end) of one head send to these keys. Scores lie keys by queries."""
-    for first in tl.range(begin, end, TILE_Q, num_stages=STAGES):
+    """What the queries [begin, end) of GROUP heads send to these keys. Scores lie keys by queries.
+
+    One loop over the tiles of all heads: its pipeline does not run dry between two of them.
+    """
+    n_tiles = tl.cdiv(end - begin, TILE_Q)
+    for step in tl.range(0, GROUP * n_tiles, num_stages=STAGES):
+        head = first_head + step // n_tiles
+        first = begin + step % n_tiles * TILE_Q
         row = first + tl.arange(0, TILE_Q)                              # (TILE_Q,)
-        q = _load_rows(q_rows, first, n_q, q_row, TILE_Q, D_HEAD, D, TMA, CHECKED=True)
+        at = tl.cast(head, tl.int64) * n_q + row                        # (TILE_Q,)
+        q = _load_rows(
+            q_rows, head, first, n_q, q_head, q_row, TILE_Q, D_HEAD, D, TMA, CHECKED=True
+        )
         # past the end p must be 0, whatever the keys: exp2(score - inf)
-        lse = tl.load(lse_at + row, row < n_q, other=float("inf"))      # (TILE_Q,)
+        lse = tl.load(lse_at + at, row < n_q, other=float("inf"))       # (TILE_Q,)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)      # (TILE_K, TILE_Q)
         p = tl.exp2(scores * scale_log2 - (lse * LOG2_E)[None, :])
         if MASKED:
             token = first_k + tl.arange(0, TILE_K)                      # (TILE_K,)
-            p = tl.where(token[:, None] < _row_end(row, n_q, n_k, CAUSAL)[None, :], p, 0.0)
-        dout = _load_rows(dout_rows, first, n_q, dout_row, TILE_Q, D_HEAD, D, TMA, CHECKED=True)
+            p = tl.where(token[:, None] <= row[None, :] + (n_k - n_q), p, 0.0)
+        dout = _load_rows(
+            dout_rows, head, first, n_q, dout_head, dout_row, TILE_Q, D_HEAD, D, TMA, CHECKED=True
+        )
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        delta = tl.load(delta_at + row, row < n_q, other=0.0)           # (TILE_Q,)
-        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)       # (TILE_K, TILE_Q)
-        ds = p * (dp - delta[None, :])
+        delta = tl.load(delta_at + at, row < n_q, other=0.0)            # (TILE_Q,)
+        # the product starts at -delta: dS = P * (dP - delta)
+        dp = tl.zeros((TILE_K, TILE_Q), tl.float32) - delta[None, :]
+        dp = tl.dot(v, tl.trans(dout), dp, input_precision=PRECISION)   # (TILE_K, TILE_Q)
+        ds = p * dp
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -252,54 +281,62 @@ def _dk_dv_kernel(
     tile, kv_head, batch = _owned(tl.cdiv(n_k, TILE_K), n_kv_heads)
     first_k = tile * TILE_K     # the first tile first: under a causal mask most queries see it
     scale_log2 = scale * LOG2_E
-    k_at = k_ptr + batch * k_batch + kv_head.to(tl.int64) * k_head
-    v_at = v_ptr + batch * v_batch + kv_head.to(tl.int64) * v_head
-    k = _load_rows(k_at, first_k, n_k, k_row, TILE_K, D_HEAD, D, False, CHECKED=True)
-    v = _load_rows(v_at, first_k, n_k, v_row, TILE_K, D_HEAD, D, False, CHECKED=True)
-    # rows before `begin` see none of these keys, rows from `full` on see all of them
-    begin, full = 0, 0
-    if CAUSAL:
-        begin = tl.maximum(first_k + n_q - n_k, 0) // TILE_Q * TILE_Q
-        full = tl.cdiv(tl.maximum(first_k + TILE_K - 1 + n_q - n_k, 0), TILE_Q) * TILE_Q
+    n_heads = n_kv_heads * GROUP
+    k = _load_rows(
+        k_ptr + batch * k_batch, kv_head, first_k, n_k, k_head, k_row,
+        TILE_K, D_HEAD, D, False, CHECKED=True,
+    )
+    v = _load_rows(
+        v_ptr + batch * v_batch, kv_head, first_k, n_k, v_head, v_row,
+        TILE_K, D_HEAD, D, False, CHECKED=True,
+    )
+    q_at, dout_at = q_ptr + batch * q_batch, dout_ptr + batch * dout_batch
+    q_rows = _rows_of(q_at, n_heads, n_q, q_head, q_row, TILE_Q, D_HEAD, D, TMA)
+    dout_rows = _rows_of(dout_at, n_heads, n_q, dout_head, dout_row, TILE_Q, D_HEAD, D, TMA)
+    lse_at, delta_at = lse_ptr + batch * n_heads * n_q, delta_ptr + batch * n_heads * n_q
 
     dk = tl.zeros((TILE_K, D), tl.float32)
     dv = tl.zeros((TILE_K, D), tl.float32)
-    for member in range(GROUP):
-        head = kv_head.to(tl.int64) * GROUP + member
-        q_at = q_ptr + batch * q_batch + head * q_head
-        dout_at = dout_ptr + batch * dout_batch + head * dout_head
-        q_rows = _rows_of(q_at, n_q, q_row, TILE_Q, D_HEAD, D, TMA)
-        dout_rows = _rows_of(dout_at, n_q, dout_row, TILE_Q, D_HEAD, D, TMA)
-        lse_at = lse_ptr + (batch * n_kv_heads * GROUP + head) * n_q
-        delta_at = delta_ptr + (batch * n_kv_heads * GROUP + head) * n_q
-        if CAUSAL:
-            dk, dv = _add_to_dk_dv(
-                dk, dv, k, v, q_rows, dout_rows, lse_at, delta_at, q_row, dout_row,
-                first_k, begin, tl.minimum(full, n_q), n_q, n_k, scale_log2,
-                True, CAUSAL, TILE_Q, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
-            )
+    full = 0
+    if CAUSAL:
+        # rows before `begin` see none of these keys, rows from `full` on see all of them
+        begin = tl.maximum(first_k + n_q - n_k, 0) // TILE_Q * TILE_Q
+        full = tl.cdiv(tl.maximum(first_k + TILE_K - 1 + n_q - n_k, 0), TILE_Q) * TILE_Q
+        full = tl.minimum(full, n_q)
         dk, dv = _add_to_dk_dv(
-            dk, dv, k, v, q_rows, dout_rows, lse_at, delta_at, q_row, dout_row,
-            first_k, full, n_q, n_q, n_k, scale_log2,
-            False, CAUSAL, TILE_Q, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
+            dk, dv, k, v, q_rows, dout_rows, lse_at, delta_at,
+            kv_head * GROUP, q_head, q_row, dout_head, dout_row,
+            first_k, begin, full, n_q, n_k, scale_log2,
+            True, GROUP, TILE_Q, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
         )
-    dk_at = dk_ptr + batch * dk_batch + kv_head.to(tl.int64) * dk_head
-    dv_at = dv_ptr + batch * dv_batch + kv_head.to(tl.int64) * dv_head
-    _store_rows(dk_at, dk * scale, first_k, n_k, dk_row, TILE_K, D_HEAD, D)
-    _store_rows(dv_at, dv, first_k, n_k, dv_row, TILE_K, D_HEAD, D)
+    dk, dv = _add_to_dk_dv(
+        dk, dv, k, v, q_rows, dout_rows, lse_at, delta_at,
+        kv_head * GROUP, q_head, q_row, dout_head, dout_row,
+        first_k, full, n_q, n_q, n_k, scale_log2,
+        False, GROUP, TILE_Q, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
+    )
+    dk_at, dv_at = dk_ptr + batch * dk_batch, dv_ptr + batch * dv_batch
+    _store_rows(dk_at, dk * scale, kv_head, first_k, n_k, dk_head, dk_row, TILE_K, D_HEAD, D)
+    _store_rows(dv_at, dv, kv_head, first_k, n_k, dv_head, dv_row, TILE_K, D_HEAD, D)
 
 
 @triton.jit
 def _add_to_dq(
     dq, q, dout, lse, delta,        # (TILE_Q, D) three times, (TILE_Q,) twice: this program's rows
-    row_end, k_rows, v_rows, k_row, v_row, begin, end, n_k, scale_log2,
+    row_end,                        # (TILE_Q,)
+    k_rows, v_rows, kv_head, k_head, k_row, v_head, v_row,
+    begin, end, n_k, scale_log2,
     MASKED: tl.constexpr, TILE_K: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):
     """What the keys [begin, end) send to these queries."""
     for first in tl.range(begin, end, TILE_K, num_stages=STAGES):
-        k = _load_rows(k_rows, first, n_k, k_row, TILE_K, D_HEAD, D, TMA, CHECKED=MASKED)
-        v = _load_rows(v_rows, first, n_k, v_row, TILE_K, D_HEAD, D, TMA, CHECKED=MASKED)
+        k = _load_rows(
+            k_rows, kv_head, first, n_k, k_head, k_row, TILE_K, D_HEAD, D, TMA, CHECKED=MASKED
+        )
+        v = _load_rows(
+            v_rows, kv_head, first, n_k, v_head, v_row, TILE_K, D_HEAD, D, TMA, CHECKED=MASKED
+        )
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)      # (TILE_Q, TILE_K)
         p = tl.exp2(scores * scale_log2 - (lse * LOG2_E)[:, None])
         if MASKED:
@@ -328,14 +365,17 @@ def _dq_kernel(
     # the last tile first: under a causal mask it has most work
     first_q = (tl.cdiv(n_q, TILE_Q) - 1 - tile) * TILE_Q
     scale_log2 = scale * LOG2_E
-    k_at = k_ptr + batch * k_batch + kv_head.to(tl.int64) * k_head
-    v_at = v_ptr + batch * v_batch + kv_head.to(tl.int64) * v_head
-    k_rows = _rows_of(k_at, n_k, k_row, TILE_K, D_HEAD, D, TMA)
-    v_rows = _rows_of(v_at, n_k, v_row, TILE_K, D_HEAD, D, TMA)
-    q_at = q_ptr + batch * q_batch + head.to(tl.int64) * q_head
-    dout_at = dout_ptr + batch * dout_batch + head.to(tl.int64) * dout_head
-    q = _load_rows(q_at, first_q, n_q, q_row, TILE_Q, D_HEAD, D, False, CHECKED=True)
-    dout = _load_rows(dout_at, first_q, n_q, dout_row, TILE_Q, D_HEAD, D, False, CHECKED=True)
+    k_at, v_at = k_ptr + batch * k_batch, v_ptr + batch * v_batch
+    k_rows = _rows_of(k_at, n_heads // GROUP, n_k, k_head, k_row, TILE_K, D_HEAD, D, TMA)
+    v_rows = _rows_of(v_at, n_heads // GROUP, n_k, v_head, v_row, TILE_K, D_HEAD, D, TMA)
+    q_at = q_ptr + batch * q_batch
+    q = _load_rows(
+        q_at, head, first_q, n_q, q_head, q_row, TILE_Q, D_HEAD, D, False, CHECKED=True
+    )
+    dout_at = dout_ptr + batch * dout_batch
+    dout = _load_rows(
+        dout_at, head, first_q, n_q, dout_head, dout_row, TILE_Q, D_HEAD, D, False, CHECKED=True
+    )
     row = first_q + tl.arange(0, TILE_Q)                                # (TILE_Q,)
     at = (batch * n_heads + head) * n_q + row                           # (TILE_Q,)
     lse = tl.load(lse_ptr + at, row < n_q, other=float("inf"))
@@ -345,15 +385,17 @@ def _dq_kernel(
     full, end = _key_range(first_q, n_q, n_k, TILE_Q, TILE_K, CAUSAL)
     dq = tl.zeros((TILE_Q, D), tl.float32)
     dq = _add_to_dq(
-        dq, q, dout, lse, delta, row_end, k_rows, v_rows, k_row, v_row, 0, full, n_k, scale_log2,
+        dq, q, dout, lse, delta, row_end,
+        k_rows, v_rows, kv_head, k_head, k_row, v_head, v_row, 0, full, n_k, scale_log2,
         False, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
     )
     dq = _add_to_dq(
-        dq, q, dout, lse, delta, row_end, k_rows, v_rows, k_row, v_row, full, end, n_k, scale_log2,
+        dq, q, dout, lse, delta, row_end,
+        k_rows, v_rows, kv_head, k_head, k_row, v_head, v_row, full, end, n_k, scale_log2,
         True, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
     )
-    dq_at = dq_ptr + batch * dq_batch + head.to(tl.int64) * dq_head
-    _store_rows(dq_at, dq * scale, first_q, n_q, dq_row, TILE_Q, D_HEAD, D)
+    dq_at = dq_ptr + batch * dq_batch
+    _store_rows(dq_at, dq * scale, head, first_q, n_q, dq_head, dq_row, TILE_Q, D_HEAD, D)
 
 
 def flash_attention_triton(
