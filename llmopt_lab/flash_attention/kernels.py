@@ -13,8 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmopt_lab.core.device import GpuFacts, gpu_facts, interpreting, prepare_triton
+from llmopt_lab.core.device import (
+    GpuFacts,
+    gpu_facts,
+    interpreting,
+    pick_device,
+    prepare_triton,
+)
 from llmopt_lab.core.errors import require
+from llmopt_lab.core.memory import ceil_div
 
 prepare_triton()
 
@@ -24,6 +31,7 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)   # exp(x) == exp2(x * LOG2_E), exp2 is one instruction
 MIN_D = 16                                  # tl.dot wants at least 16 columns
 MAX_D = 256
+MAX_ROW_STRIDE = 1 << 24                    # elements
 
 
 @triton.jit
@@ -132,11 +140,11 @@ def _absorb(
         m_new = tl.maximum(m, tl.max(scores, axis=1) * scale_log2)      # (TILE_Q,)
         if MASKED:
             # a row that sees no key keeps m = -inf, and -inf - -inf would be NaN
-            top = tl.where(m_new == -float("inf"), 0.0, m_new)
+            base = tl.where(m_new == -float("inf"), 0.0, m_new)
         else:
-            top = m_new
-        shrink = tl.exp2(m - top)                                       # (TILE_Q,)
-        p = tl.exp2(scores * scale_log2 - top[:, None])                 # (TILE_Q, TILE_K)
+            base = m_new
+        shrink = tl.exp2(m - base)                                      # (TILE_Q,)
+        p = tl.exp2(scores * scale_log2 - base[:, None])                # (TILE_Q, TILE_K)
         total = shrink * total + tl.sum(p, axis=1)
         acc = shrink[:, None] * acc
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)  # (TILE_Q, D)
@@ -198,14 +206,14 @@ def _forward_kernel(
 
 
 @triton.jit
-def _delta_kernel(
-    out_ptr, dout_ptr,              # (batch, n_heads, n_q, D_HEAD)
-    dlse_ptr, delta_ptr,            # (batch, n_heads, n_q) float32, contiguous
-    out_batch, out_head, out_row, dout_batch, dout_head, dout_row,
+def _backward_delta_kernel(
+    out_ptr, d_out_ptr,             # (batch, n_heads, n_q, D_HEAD)
+    d_lse_ptr, delta_ptr,           # (batch, n_heads, n_q) float32, contiguous
+    out_batch, out_head, out_row, d_out_batch, d_out_head, d_out_row,
     n_heads, n_q,
     D_HEAD: tl.constexpr, D: tl.constexpr, TILE_Q: tl.constexpr,
 ):
-    """One program: delta = rowsum(dout * out) - dlse of TILE_Q rows; dS is P * (dP - delta)."""
+    """One program: delta = rowsum(d_out * out) - d_lse of TILE_Q rows; dS is P * (dP - delta)."""
     tile, head, batch = _owned(tl.cdiv(n_q, TILE_Q), n_heads)
     first = tile * TILE_Q
     row = first + tl.arange(0, TILE_Q)                                  # (TILE_Q,)
@@ -213,21 +221,21 @@ def _delta_kernel(
         out_ptr + batch * out_batch, head, first, n_q, out_head, out_row,
         TILE_Q, D_HEAD, D, False, CHECKED=True,
     )
-    dout = _load_rows(
-        dout_ptr + batch * dout_batch, head, first, n_q, dout_head, dout_row,
+    d_out = _load_rows(
+        d_out_ptr + batch * d_out_batch, head, first, n_q, d_out_head, d_out_row,
         TILE_Q, D_HEAD, D, False, CHECKED=True,
     )
     at = (batch * n_heads + head) * n_q + row                           # (TILE_Q,)
-    dlse = tl.load(dlse_ptr + at, row < n_q, other=0.0)
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1) - dlse
+    d_lse = tl.load(d_lse_ptr + at, row < n_q, other=0.0)
+    delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), axis=1) - d_lse
     tl.store(delta_ptr + at, delta, row < n_q)
 
 
 @triton.jit
-def _add_to_dk_dv(
-    dk, dv, k, v,                   # (TILE_K, D) each: this program's keys
-    q_rows, dout_rows, lse_at, delta_at,    # of all heads
-    first_head, q_head, q_row, dout_head, dout_row,
+def _absorb_queries(
+    d_k, d_v, k, v,                 # (TILE_K, D) each: this program's keys
+    q_rows, d_out_rows, lse_at, delta_at,                               # of all heads
+    first_head, q_head, q_row, d_out_head, d_out_row,
     first_k, begin, end, n_q, n_k, scale_log2,
     MASKED: tl.constexpr, GROUP: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
@@ -238,9 +246,10 @@ def _add_to_dk_dv(
     One loop over the tiles of all heads: its pipeline does not run dry between two of them.
     """
     n_tiles = tl.cdiv(end - begin, TILE_Q)
+    per_head = tl.maximum(n_tiles, 1)       # the pipeline divides before it knows of no tiles
     for step in tl.range(0, GROUP * n_tiles, num_stages=STAGES):
-        head = first_head + step // n_tiles
-        first = begin + step % n_tiles * TILE_Q
+        head = first_head + step // per_head
+        first = begin + step % per_head * TILE_Q
         row = first + tl.arange(0, TILE_Q)                              # (TILE_Q,)
         at = tl.cast(head, tl.int64) * n_q + row                        # (TILE_Q,)
         q = _load_rows(
@@ -253,25 +262,26 @@ def _add_to_dk_dv(
         if MASKED:
             token = first_k + tl.arange(0, TILE_K)                      # (TILE_K,)
             p = tl.where(token[:, None] <= row[None, :] + (n_k - n_q), p, 0.0)
-        dout = _load_rows(
-            dout_rows, head, first, n_q, dout_head, dout_row, TILE_Q, D_HEAD, D, TMA, CHECKED=True
+        d_out = _load_rows(
+            d_out_rows, head, first, n_q, d_out_head, d_out_row,
+            TILE_Q, D_HEAD, D, TMA, CHECKED=True,
         )
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        d_v = tl.dot(p.to(d_out.dtype), d_out, d_v, input_precision=PRECISION)
         delta = tl.load(delta_at + at, row < n_q, other=0.0)            # (TILE_Q,)
-        # the product starts at -delta: dS = P * (dP - delta)
-        dp = tl.zeros((TILE_K, TILE_Q), tl.float32) - delta[None, :]
-        dp = tl.dot(v, tl.trans(dout), dp, input_precision=PRECISION)   # (TILE_K, TILE_Q)
-        ds = p * dp
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
+        # dS = P * (dP - delta): the product starts at -delta, which costs no registers later
+        d_p = tl.zeros((TILE_K, TILE_Q), tl.float32) - delta[None, :]
+        d_p = tl.dot(v, tl.trans(d_out), d_p, input_precision=PRECISION)    # (TILE_K, TILE_Q)
+        d_scores = p * d_p
+        d_k = tl.dot(d_scores.to(q.dtype), q, d_k, input_precision=PRECISION)
+    return d_k, d_v
 
 
 @triton.jit
-def _dk_dv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr,
-    dk_ptr, dv_ptr,                 # like k and v
+def _backward_keys_kernel(
+    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr,
+    d_k_ptr, d_v_ptr,               # like k and v
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    dout_batch, dout_head, dout_row, dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
+    d_out_batch, d_out_head, d_out_row, d_k_batch, d_k_head, d_k_row, d_v_batch, d_v_head, d_v_row,
     n_kv_heads, n_q, n_k, scale,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -290,40 +300,40 @@ def _dk_dv_kernel(
         v_ptr + batch * v_batch, kv_head, first_k, n_k, v_head, v_row,
         TILE_K, D_HEAD, D, False, CHECKED=True,
     )
-    q_at, dout_at = q_ptr + batch * q_batch, dout_ptr + batch * dout_batch
+    q_at, d_out_at = q_ptr + batch * q_batch, d_out_ptr + batch * d_out_batch
     q_rows = _rows_of(q_at, n_heads, n_q, q_head, q_row, TILE_Q, D_HEAD, D, TMA)
-    dout_rows = _rows_of(dout_at, n_heads, n_q, dout_head, dout_row, TILE_Q, D_HEAD, D, TMA)
+    d_out_rows = _rows_of(d_out_at, n_heads, n_q, d_out_head, d_out_row, TILE_Q, D_HEAD, D, TMA)
     lse_at, delta_at = lse_ptr + batch * n_heads * n_q, delta_ptr + batch * n_heads * n_q
 
-    dk = tl.zeros((TILE_K, D), tl.float32)
-    dv = tl.zeros((TILE_K, D), tl.float32)
+    d_k = tl.zeros((TILE_K, D), tl.float32)
+    d_v = tl.zeros((TILE_K, D), tl.float32)
     full = 0
     if CAUSAL:
         # rows before `begin` see none of these keys, rows from `full` on see all of them
         begin = tl.maximum(first_k + n_q - n_k, 0) // TILE_Q * TILE_Q
         full = tl.cdiv(tl.maximum(first_k + TILE_K - 1 + n_q - n_k, 0), TILE_Q) * TILE_Q
         full = tl.minimum(full, n_q)
-        dk, dv = _add_to_dk_dv(
-            dk, dv, k, v, q_rows, dout_rows, lse_at, delta_at,
-            kv_head * GROUP, q_head, q_row, dout_head, dout_row,
+        d_k, d_v = _absorb_queries(
+            d_k, d_v, k, v, q_rows, d_out_rows, lse_at, delta_at,
+            kv_head * GROUP, q_head, q_row, d_out_head, d_out_row,
             first_k, begin, full, n_q, n_k, scale_log2,
             True, GROUP, TILE_Q, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
         )
-    dk, dv = _add_to_dk_dv(
-        dk, dv, k, v, q_rows, dout_rows, lse_at, delta_at,
-        kv_head * GROUP, q_head, q_row, dout_head, dout_row,
+    d_k, d_v = _absorb_queries(
+        d_k, d_v, k, v, q_rows, d_out_rows, lse_at, delta_at,
+        kv_head * GROUP, q_head, q_row, d_out_head, d_out_row,
         first_k, full, n_q, n_q, n_k, scale_log2,
         False, GROUP, TILE_Q, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
     )
-    dk_at, dv_at = dk_ptr + batch * dk_batch, dv_ptr + batch * dv_batch
-    _store_rows(dk_at, dk * scale, kv_head, first_k, n_k, dk_head, dk_row, TILE_K, D_HEAD, D)
-    _store_rows(dv_at, dv, kv_head, first_k, n_k, dv_head, dv_row, TILE_K, D_HEAD, D)
+    d_k_at, d_v_at = d_k_ptr + batch * d_k_batch, d_v_ptr + batch * d_v_batch
+    _store_rows(d_k_at, d_k * scale, kv_head, first_k, n_k, d_k_head, d_k_row, TILE_K, D_HEAD, D)
+    _store_rows(d_v_at, d_v, kv_head, first_k, n_k, d_v_head, d_v_row, TILE_K, D_HEAD, D)
 
 
 @triton.jit
-def _add_to_dq(
-    dq, q, dout, lse, delta,        # (TILE_Q, D) three times, (TILE_Q,) twice: this program's rows
-    row_end,                        # (TILE_Q,)
+def _absorb_keys(
+    d_q, q, d_out,                  # (TILE_Q, D) each: this program's queries
+    lse, delta, row_end,            # (TILE_Q,) each
     k_rows, v_rows, kv_head, k_head, k_row, v_head, v_row,
     begin, end, n_k, scale_log2,
     MASKED: tl.constexpr, TILE_K: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
@@ -342,18 +352,18 @@ def _add_to_dq(
         if MASKED:
             token = first + tl.arange(0, TILE_K)                        # (TILE_K,)
             p = tl.where(token[None, :] < row_end[:, None], p, 0.0)
-        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)       # (TILE_Q, TILE_K)
-        ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)   # (TILE_Q, D)
-    return dq
+        d_p = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)     # (TILE_Q, TILE_K)
+        d_scores = p * (d_p - delta[:, None])
+        d_q = tl.dot(d_scores.to(k.dtype), k, d_q, input_precision=PRECISION)   # (TILE_Q, D)
+    return d_q
 
 
 @triton.jit
-def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr,
-    dq_ptr,                         # like q
+def _backward_queries_kernel(
+    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr,
+    d_q_ptr,                        # like q
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    dout_batch, dout_head, dout_row, dq_batch, dq_head, dq_row,
+    d_out_batch, d_out_head, d_out_row, d_q_batch, d_q_head, d_q_row,
     n_heads, n_q, n_k, scale,
     GROUP: tl.constexpr, CAUSAL: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -372,9 +382,9 @@ def _dq_kernel(
     q = _load_rows(
         q_at, head, first_q, n_q, q_head, q_row, TILE_Q, D_HEAD, D, False, CHECKED=True
     )
-    dout_at = dout_ptr + batch * dout_batch
-    dout = _load_rows(
-        dout_at, head, first_q, n_q, dout_head, dout_row, TILE_Q, D_HEAD, D, False, CHECKED=True
+    d_out_at = d_out_ptr + batch * d_out_batch
+    d_out = _load_rows(
+        d_out_at, head, first_q, n_q, d_out_head, d_out_row, TILE_Q, D_HEAD, D, False, CHECKED=True
     )
     row = first_q + tl.arange(0, TILE_Q)                                # (TILE_Q,)
     at = (batch * n_heads + head) * n_q + row                           # (TILE_Q,)
@@ -383,19 +393,19 @@ def _dq_kernel(
 
     row_end = _row_end(row, n_q, n_k, CAUSAL)                           # (TILE_Q,)
     full, end = _key_range(first_q, n_q, n_k, TILE_Q, TILE_K, CAUSAL)
-    dq = tl.zeros((TILE_Q, D), tl.float32)
-    dq = _add_to_dq(
-        dq, q, dout, lse, delta, row_end,
+    d_q = tl.zeros((TILE_Q, D), tl.float32)
+    d_q = _absorb_keys(
+        d_q, q, d_out, lse, delta, row_end,
         k_rows, v_rows, kv_head, k_head, k_row, v_head, v_row, 0, full, n_k, scale_log2,
         False, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
     )
-    dq = _add_to_dq(
-        dq, q, dout, lse, delta, row_end,
+    d_q = _absorb_keys(
+        d_q, q, d_out, lse, delta, row_end,
         k_rows, v_rows, kv_head, k_head, k_row, v_head, v_row, full, end, n_k, scale_log2,
         True, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
     )
-    dq_at = dq_ptr + batch * dq_batch
-    _store_rows(dq_at, dq * scale, head, first_q, n_q, dq_head, dq_row, TILE_Q, D_HEAD, D)
+    d_q_at = d_q_ptr + batch * d_q_batch
+    _store_rows(d_q_at, d_q * scale, head, first_q, n_q, d_q_head, d_q_row, TILE_Q, D_HEAD, D)
 
 
 def flash_attention_triton(
@@ -451,14 +461,14 @@ def _(q, k, v, causal, scale):
 
 @torch.library.custom_op("llmopt_lab::flash_attention_backward", mutates_args=())
 def _flash_attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor,
     causal: bool, scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _backward(q, k, v, out, lse, dout, dlse, causal, _scale_of(q, scale))
+    return _backward(q, k, v, out, lse, d_out, d_lse, causal, _scale_of(q, scale))
 
 
 @_flash_attention_backward.register_fake
-def _(q, k, v, out, lse, dout, dlse, causal, scale):
+def _(q, k, v, out, lse, d_out, d_lse, causal, scale):
     return _empty_like(q), _empty_like(k), _empty_like(v)
 
 
@@ -467,8 +477,8 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(q, k, v, *output)
 
 
-def _gradients(ctx, dout, dlse):
-    grads = _flash_attention_backward(*ctx.saved_tensors, dout, dlse, ctx.causal, ctx.scale)
+def _gradients(ctx, d_out, d_lse):
+    grads = _flash_attention_backward(*ctx.saved_tensors, d_out, d_lse, ctx.causal, ctx.scale)
     return *grads, None, None
 
 
@@ -478,101 +488,99 @@ _flash_attention.register_autograd(_gradients, setup_context=_save)
 def _forward(q, k, v, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """out and lse."""
     batch, n_heads, n_q, d_head = q.shape
-    d = _padded(d_head)
-    tiles = choose_tiles("forward", d, q.dtype, gpu_facts())
-    tma = _prepare_tma(tiles, k, v)
+    n_kv_heads, n_k = k.shape[1:3]
     out = _empty_like(q)
     lse = q.new_empty(batch, n_heads, n_q, dtype=torch.float32)
-    _forward_kernel[(triton.cdiv(n_q, tiles.tile_q) * n_heads * batch,)](
-        q, k, v, out, lse,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        n_heads, n_q, k.shape[2], scale,
-        GROUP=n_heads // k.shape[1], CAUSAL=causal, D_HEAD=d_head, D=d,
-        TILE_Q=tiles.tile_q, TILE_K=tiles.tile_k, PRECISION=_precision(q.dtype),
-        STAGES=tiles.n_stages, TMA=tma, num_warps=tiles.n_warps,
+    sizes = {
+        "GROUP": n_heads // n_kv_heads, "CAUSAL": causal, "D_HEAD": d_head, "D": _padded(d_head),
+        "PRECISION": _precision(q.dtype),
+    }  # fmt: skip
+    tiles = choose_tiles("forward", d_head, q.dtype)
+    _forward_kernel[(ceil_div(n_q, tiles.tile_q) * n_heads * batch,)](
+        q, k, v, out, lse, *_strides(q, k, v, out), n_heads, n_q, n_k, scale,
+        **sizes, **_options(tiles, k, v),
     )  # fmt: skip
     return out, lse
 
 
-def _backward(q, k, v, out, lse, dout, dlse, causal: bool, scale: float):
-    """dq, dk and dv."""
+def _backward(q, k, v, out, lse, d_out, d_lse, causal: bool, scale: float):
+    """d_q, d_k and d_v."""
     batch, n_heads, n_q, d_head = q.shape
-    _, n_kv_heads, n_k, _ = k.shape
-    d = _padded(d_head)
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()  # autograd may send an expanded one
+    n_kv_heads, n_k = k.shape[1:3]
+    d_out = d_out if _is_walkable(d_out) else d_out.contiguous()    # an expanded scalar, often
+    d_q, d_k, d_v = _empty_like(q), _empty_like(k), _empty_like(v)
     delta = torch.empty_like(lse)
+    d = _padded(d_head)
     rows = 64 if d <= 128 else 32
-    _delta_kernel[(triton.cdiv(n_q, rows) * n_heads * batch,)](
-        out, dout, dlse.contiguous(), delta, *out.stride()[:3], *dout.stride()[:3], n_heads, n_q,
+    _backward_delta_kernel[(ceil_div(n_q, rows) * n_heads * batch,)](
+        out, d_out, d_lse.contiguous(), delta, *_strides(out, d_out), n_heads, n_q,
         D_HEAD=d_head, D=d, TILE_Q=rows,
     )  # fmt: skip
-    dq, dk, dv = _empty_like(q), _empty_like(k), _empty_like(v)
-    shared = {
+    sizes = {
         "GROUP": n_heads // n_kv_heads, "CAUSAL": causal, "D_HEAD": d_head, "D": d,
         "PRECISION": _precision(q.dtype),
     }  # fmt: skip
-    inputs = (q, k, v, dout, lse, delta)
-    strides = [stride for x in (q, k, v, dout) for stride in x.stride()[:3]]
-
-    tiles = choose_tiles("dk_dv", d, q.dtype, gpu_facts())
-    _dk_dv_kernel[(triton.cdiv(n_k, tiles.tile_k) * n_kv_heads * batch,)](
-        *inputs, dk, dv, *strides, *dk.stride()[:3], *dv.stride()[:3], n_kv_heads, n_q, n_k, scale,
-        TILE_Q=tiles.tile_q, TILE_K=tiles.tile_k, STAGES=tiles.n_stages,
-        TMA=_prepare_tma(tiles, q, dout), num_warps=tiles.n_warps, **shared,
+    tiles = choose_tiles("backward_keys", d_head, q.dtype)
+    _backward_keys_kernel[(ceil_div(n_k, tiles.tile_k) * n_kv_heads * batch,)](
+        q, k, v, d_out, lse, delta, d_k, d_v, *_strides(q, k, v, d_out, d_k, d_v),
+        n_kv_heads, n_q, n_k, scale, **sizes, **_options(tiles, q, d_out),
     )  # fmt: skip
-    tiles = choose_tiles("dq", d, q.dtype, gpu_facts())
-    _dq_kernel[(triton.cdiv(n_q, tiles.tile_q) * n_heads * batch,)](
-        *inputs, dq, *strides, *dq.stride()[:3], n_heads, n_q, n_k, scale,
-        TILE_Q=tiles.tile_q, TILE_K=tiles.tile_k, STAGES=tiles.n_stages,
-        TMA=_prepare_tma(tiles, k, v), num_warps=tiles.n_warps, **shared,
+    tiles = choose_tiles("backward_queries", d_head, q.dtype)
+    _backward_queries_kernel[(ceil_div(n_q, tiles.tile_q) * n_heads * batch,)](
+        q, k, v, d_out, lse, delta, d_q, *_strides(q, k, v, d_out, d_q),
+        n_heads, n_q, n_k, scale, **sizes, **_options(tiles, k, v),
     )  # fmt: skip
-    return dq, dk, dv
+    return d_q, d_k, d_v
 
 
 class Tiles(NamedTuple):
-    """Rows of the query and of the key tile, warps, pipeline stages, tiles through Hopper's TMA."""
+    """How one kernel runs."""
 
     tile_q: int
     tile_k: int
     n_warps: int
     n_stages: int
-    tma: bool = False
+    tma: bool = False   # whether Hopper's tensor memory accelerator copies what the loop reads
 
 
-# (kernel, bytes an element, largest padded d_head): tiles for an H100
+# (kernel, bytes an element, padded d_head up to): tiles for an H100
 TILES = {
-    ("forward", 2, 64): Tiles(128, 64, 4, 3),
+    ("forward", 2, 64): Tiles(128, 128, 8, 2),
     ("forward", 2, 128): Tiles(128, 128, 8, 2),
     ("forward", 2, 256): Tiles(128, 64, 8, 2),
-    ("dk_dv", 2, 64): Tiles(64, 128, 8, 2),
-    ("dk_dv", 2, 128): Tiles(64, 128, 8, 2),
-    ("dk_dv", 2, 256): Tiles(32, 64, 8, 2),
-    ("dq", 2, 64): Tiles(128, 64, 8, 3),
-    ("dq", 2, 128): Tiles(128, 64, 8, 2),
-    ("dq", 2, 256): Tiles(64, 32, 8, 2),
+    ("backward_keys", 2, 64): Tiles(64, 128, 8, 2),
+    ("backward_keys", 2, 128): Tiles(64, 128, 8, 2),
+    ("backward_keys", 2, 256): Tiles(32, 32, 4, 2),
+    ("backward_queries", 2, 64): Tiles(128, 128, 8, 2),
+    ("backward_queries", 2, 128): Tiles(128, 64, 8, 2),
+    ("backward_queries", 2, 256): Tiles(64, 64, 8, 2),
     ("forward", 4, 64): Tiles(64, 32, 4, 2),
     ("forward", 4, 128): Tiles(64, 32, 8, 2),
     ("forward", 4, 256): Tiles(32, 32, 8, 2),
-    ("dk_dv", 4, 64): Tiles(32, 64, 8, 2),
-    ("dk_dv", 4, 128): Tiles(32, 32, 8, 2),
-    ("dk_dv", 4, 256): Tiles(16, 32, 8, 1),
-    ("dq", 4, 64): Tiles(64, 32, 8, 2),
-    ("dq", 4, 128): Tiles(32, 32, 8, 2),
-    ("dq", 4, 256): Tiles(32, 16, 8, 1),
+    ("backward_keys", 4, 64): Tiles(32, 64, 8, 2),
+    ("backward_keys", 4, 128): Tiles(32, 32, 8, 2),
+    ("backward_keys", 4, 256): Tiles(16, 32, 8, 1),
+    ("backward_queries", 4, 64): Tiles(64, 32, 8, 2),
+    ("backward_queries", 4, 128): Tiles(32, 32, 8, 2),
+    ("backward_queries", 4, 256): Tiles(32, 16, 8, 1),
 }
 
 
-def choose_tiles(kernel: str, d: int, dtype: torch.dtype, gpu: GpuFacts | None) -> Tiles:
-    """Tiles of "forward", "dk_dv" or "dq" that fit the GPU's shared memory."""
+def choose_tiles(kernel: str, d_head: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of the "forward", "backward_keys" or "backward_queries" kernel on the current GPU."""
+    gpu = gpu_facts()
     if gpu is None:
         return Tiles(32, 16, 4, 1)      # interpreted: small, so that small examples have several
-    return fitting_tiles(kernel, d, dtype.itemsize, _shared_bytes(gpu))
+    tiles = fitting_tiles(kernel, d_head, dtype.itemsize, _shared_bytes(gpu))
+    has_tma = torch.version.hip is None and gpu.capability >= (9, 0)
+    return tiles._replace(tma=has_tma and dtype.itemsize == 2)
 
 
-def fitting_tiles(kernel: str, d: int, itemsize: int, shared_bytes: int) -> Tiles:
+def fitting_tiles(kernel: str, d_head: int, itemsize: int, shared_bytes: int) -> Tiles:
     """The table's tiles; where they need more shared memory, fewer stages, then smaller tiles."""
-    tiles = TILES[kernel, itemsize, next(width for width in (64, 128, 256) if d <= width)]
-    while _bytes_needed(kernel, tiles, d, itemsize) > shared_bytes:
+    d = _padded(d_head)
+    tiles = TILES[kernel, itemsize, max(d, 64)]
+    while _bytes_needed(kernel, tiles, itemsize * d) > shared_bytes:
         if tiles.n_stages > 1:
             tiles = tiles._replace(n_stages=tiles.n_stages - 1)
         elif tiles.tile_q >= tiles.tile_k:
@@ -582,14 +590,14 @@ def fitting_tiles(kernel: str, d: int, itemsize: int, shared_bytes: int) -> Tile
     return tiles
 
 
-def _bytes_needed(kernel: str, tiles: Tiles, d: int, itemsize: int) -> int:
-    """The tiles a program keeps, and two tiles a stage of what it walks."""
+def _bytes_needed(kernel: str, tiles: Tiles, row_bytes: int) -> int:
+    """Of the tiles that a program keeps, and of two tiles a stage of what it walks."""
     kept, walked = {
         "forward": (tiles.tile_q, tiles.tile_k),
-        "dk_dv": (2 * tiles.tile_k, tiles.tile_q),
-        "dq": (2 * tiles.tile_q, tiles.tile_k),
+        "backward_keys": (2 * tiles.tile_k, tiles.tile_q),
+        "backward_queries": (2 * tiles.tile_q, tiles.tile_k),
     }[kernel]
-    return itemsize * d * (kept + 2 * tiles.n_stages * walked)
+    return row_bytes * (kept + 2 * tiles.n_stages * walked) + 2048   # barriers, lse, delta
 
 
 def _shared_bytes(gpu: GpuFacts) -> int:
@@ -601,23 +609,34 @@ def _shared_bytes(gpu: GpuFacts) -> int:
     return 227 << 10 if gpu.capability[0] in (9, 10) else 99 << 10
 
 
+def _options(tiles: Tiles, *walked: Tensor) -> dict:
+    """`tiles` as the kernels take them. TMA needs addresses and strides in steps of 16 bytes."""
+    aligned = all(
+        x.data_ptr() % 16 == 0 and all(s and s * x.itemsize % 16 == 0 for s in x.stride()[:3])
+        for x in walked
+    )
+    if tiles.tma and aligned:
+        triton.set_allocator(_scratch)      # at each launch: every thread has a setting of its own
+    return {
+        "TILE_Q": tiles.tile_q, "TILE_K": tiles.tile_k, "STAGES": tiles.n_stages,
+        "TMA": tiles.tma and aligned, "num_warps": tiles.n_warps,
+    }  # fmt: skip
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Where a kernel keeps the TMA descriptors that it makes."""
+    return torch.empty(size, dtype=torch.int8, device=pick_device())
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
 def _precision(dtype: torch.dtype) -> str:
-    """Of float32 products: three tf32 products are as exact and much faster, where they exist."""
+    """Of float32 products: three tf32 products are nearly as exact and run on tensor cores."""
     gpu = gpu_facts()
     has_tf32 = torch.version.hip is None and gpu is not None and gpu.capability >= (8, 0)
     return "tf32x3" if dtype == torch.float32 and has_tf32 else "ieee"
-
-
-def _prepare_tma(tiles: Tiles, *walked: Tensor) -> bool:
-    """Whether to walk these tensors through TMA, which wants addresses in steps of 16 bytes."""
-    if not tiles.tma or not all(
-        x.data_ptr() % 16 == 0 and all(s * x.itemsize % 16 == 0 for s in x.stride()[:3])
-        for x in walked
-    ):
-        return False
-    # descriptors made in a kernel live in a buffer; set here because threads have their own setting
-    triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=walked[0].device))
-    return True
 
 
 def _padded(d_head: int) -> int:
@@ -634,6 +653,11 @@ def _empty_like(x: Tensor) -> Tensor:
     if x.stride(1) < x.stride(2):
         return x.new_empty(batch, n, n_heads, d_head).transpose(1, 2)
     return x.new_empty(x.shape)
+
+
+def _is_walkable(x: Tensor) -> bool:
+    """Whether the kernels can address it: offsets within a tile of 128 rows are 32 bits wide."""
+    return x.stride(3) == 1 and x.stride(2) < MAX_ROW_STRIDE
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
@@ -668,8 +692,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
             f"{name} must be {q.dtype} on {q.device} like q; got {x.dtype} on {x.device}",
         )
         require(
-            x.numel() == 0 or x.stride(-1) == 1,
-            f"the last dimension of {name} must be contiguous: call .contiguous()",
+            x.numel() == 0 or _is_walkable(x),
+            f"the last dimension of {name} must be contiguous, and its rows less than "
+            f"{MAX_ROW_STRIDE} elements apart; got strides {x.stride()}: call .contiguous()",
         )
     require(
         q.is_cuda or interpreting(),

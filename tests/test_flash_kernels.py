@@ -1,0 +1,286 @@
+"""The Triton kernels of flash attention: right when interpreted and on a GPU, fit to compile.
+
+The oracle is torch's attention in float64, its gradients by autograd. Memory nobody wrote reads as
+NaN (conftest), and inputs may lie in the middle of NaN: a kernel that reads past an end fails.
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+
+pytest.importorskip("triton")
+
+import aot
+
+from llmopt_lab.core.close import assert_close
+from llmopt_lab.core.errors import BadInput
+from llmopt_lab.flash_attention import kernels
+from llmopt_lab.flash_attention.kernels import Tiles, fitting_tiles, flash_attention_triton
+
+SHAPES = [  # batch, n_heads, n_kv_heads, n_q, n_k, d_head
+    (2, 4, 2, 70, 70, 16),
+    (1, 3, 3, 33, 90, 16),
+    (1, 4, 1, 90, 33, 24),  # causal: 57 rows see no key
+    (2, 2, 1, 1, 50, 64),
+    (1, 2, 2, 45, 1, 80),
+    (1, 1, 1, 40, 37, 256),
+    (1, 6, 2, 32, 16, 128),  # whole tiles
+    (1, 2, 1, 5, 0, 16),  # no key at all
+    (1, 2, 1, 0, 5, 16),
+]
+
+
+def inputs(shape, *, dtype=torch.float32, device="cpu", seed=0, peak=2.0):
+    """q, k, v with gradients wanted; `peak` scales the queries, so that a few keys dominate."""
+    batch, n_heads, n_kv_heads, n_q, n_k, d_head = shape
+    rng = torch.Generator(device).manual_seed(seed)
+    sizes = ((n_heads, n_q), (n_kv_heads, n_k), (n_kv_heads, n_k))
+    q, k, v = (
+        torch.randn(batch, *size, d_head, generator=rng, device=device, dtype=dtype)
+        for size in sizes
+    )
+    return [x.requires_grad_() for x in (peak * q, k, v)]
+
+
+def inputs_without_grad(shape, **kw):
+    return [x.detach() for x in inputs(shape, **kw)]
+
+
+def oracle(q, k, v, *, causal=False, scale=None):
+    """out and lse in float64. Rows that see no key: 0 and -inf."""
+    n_q, n_k = q.shape[2], k.shape[2]
+    n_blind = n_q if n_k == 0 else max(0, n_q - n_k) if causal else 0
+    q, k, v = (x.double() for x in (q, k, v))
+    out, lse = q.new_zeros(q.shape), q.new_full(q.shape[:3], -torch.inf)
+    if n_blind < n_q:
+        seeing = q[:, :, n_blind:]
+        visible = torch.ones(n_q, n_k, dtype=torch.bool, device=q.device)
+        visible = visible.tril(n_k - n_q)[n_blind:] if causal else visible
+        seen = scaled_dot_product_attention(
+            seeing, k, v, attn_mask=visible, scale=scale, enable_gqa=True
+        )
+        keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        scores = seeing @ keys.mT * (q.shape[3] ** -0.5 if scale is None else scale)
+        scores = scores.masked_fill(~visible, -torch.inf)
+        out = torch.cat([out[:, :, :n_blind], seen], dim=2)
+        lse = torch.cat([lse[:, :, :n_blind], scores.logsumexp(-1)], dim=2)
+    return out, lse
+
+
+def check_forward_and_backward(q, k, v, *, what="", **kw):
+    """Results and the gradients of a random function of both, against the oracle."""
+    out, lse = flash_attention_triton(q, k, v, return_lse=True, **kw)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want_out, want_lse = oracle(*wide, **kw)
+    assert_close(out, want_out, f"out {what}")
+    assert_close(lse, want_lse, f"lse {what}")
+    rng = torch.Generator(q.device).manual_seed(1)
+    d_out, d_lse = (
+        torch.randn(x.shape, generator=rng, device=q.device, dtype=x.dtype) for x in (out, lse)
+    )
+    got = torch.autograd.grad((out, lse), (q, k, v), (d_out, d_lse))
+    if not want_out.requires_grad:  # nobody sees a key: nothing depends on anything
+        want = [torch.zeros_like(x) for x in wide]
+    else:
+        want = torch.autograd.grad((want_out, want_lse), wide, (d_out.double(), d_lse.double()))
+    for name, g, w in zip(("d_q", "d_k", "d_v"), got, want, strict=True):
+        assert_close(g, w, f"{name} {what}")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_results_and_gradients_equal_torchs(shape, causal):
+    check_forward_and_backward(*inputs(shape), causal=causal)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(
+    n_q=st.integers(0, 50),
+    n_k=st.integers(0, 50),
+    group=st.integers(1, 3),
+    n_kv_heads=st.integers(1, 2),
+    d_head=st.sampled_from([8, 16, 40]),
+    causal=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_results_and_gradients_equal_torchs_on_random_shapes(
+    n_q, n_k, group, n_kv_heads, d_head, causal, seed
+):
+    shape = (1, group * n_kv_heads, n_kv_heads, n_q, n_k, d_head)
+    check_forward_and_backward(*inputs(shape, seed=seed), causal=causal)
+
+
+@pytest.mark.parametrize(
+    "tiles",
+    [Tiles(16, 64, 4, 1), Tiles(64, 16, 4, 1), Tiles(16, 32, 4, 2, tma=True)],
+    ids=lambda tiles: f"{tiles.tile_q}x{tiles.tile_k}{'-tma' if tiles.tma else ''}",
+)
+def test_any_tiles_give_the_same_result(tiles, monkeypatch):
+    monkeypatch.setattr(kernels, "choose_tiles", lambda *_: tiles)
+    for causal in (False, True):
+        check_forward_and_backward(*inputs((1, 4, 2, 70, 101, 24)), causal=causal)
+
+
+def test_the_scale_is_taken_as_given():
+    check_forward_and_backward(*inputs(SHAPES[0]), causal=True, scale=0.4)
+
+
+def test_large_scores_whose_maximum_comes_late_do_not_overflow():
+    q, k, v = inputs_without_grad((1, 2, 1, 20, 100, 16), peak=40.0)
+    k[:, :, 97] = 2 * q[:, :1, 3]  # a score of thousands, in the last tile
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out, lse = flash_attention_triton(q, k, v, return_lse=True)
+    assert lse.max() > 1000
+    assert_close(out, oracle(q, k, v)[0])
+    assert_close(lse, oracle(q, k, v)[1])
+
+
+def test_inputs_in_any_layout_give_the_same_result_in_the_layout_of_q():
+    q, k, v = inputs_without_grad((2, 4, 2, 40, 52, 16))
+    want = oracle(q, k, v, causal=True)[0]
+    rows_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    out = flash_attention_triton(*rows_first, causal=True)
+    assert_close(out, want)
+    assert out.stride() == rows_first[0].stride()
+    inside = []
+    for x in (q, k, v):  # in the middle of NaN, as the parts of a fused projection lie
+        wide = torch.full((2, x.shape[1] + 1, x.shape[2] + 9, 40), torch.nan)
+        wide[:, 1:, 2:-7, 16:32] = x
+        inside.append(wide[:, 1:, 2:-7, 16:32].requires_grad_())
+    check_forward_and_backward(*inside, causal=True)
+
+
+def test_expanded_keys_and_an_expanded_gradient_are_read_in_place():
+    q, k, v = inputs((2, 4, 1, 20, 30, 16))
+    shared = [x[:1].detach().expand(2, 4, 30, 16).requires_grad_() for x in (k, v)]
+    check_forward_and_backward(q, *shared)
+    flash_attention_triton(q, k, v).sum().backward()
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    oracle(*wide)[0].sum().backward()
+    for got, want in zip((q, k, v), wide, strict=True):
+        assert_close(got.grad, want.grad)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 1, 5, 7, 16), (2, 2, 2, 0, 0, 16)], ids=str)
+def test_an_empty_batch_gives_an_empty_result(shape):
+    q, k, v = inputs(shape)
+    out, lse = flash_attention_triton(q, k, v, return_lse=True)
+    assert out.shape == q.shape and lse.shape == q.shape[:3]
+    out.sum().backward()
+    assert q.grad.shape == q.shape and k.grad.shape == k.shape
+
+
+def test_two_runs_give_the_same_bits():
+    def run():
+        q, k, v = inputs(SHAPES[0])
+        out, lse = flash_attention_triton(q, k, v, causal=True, return_lse=True)
+        return out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), (q, k, v))
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Input #")  # gradcheck would rather have float64
+def test_gradients_equal_finite_differences():
+    args = inputs((1, 2, 1, 5, 7, 8), peak=1.0)
+    # central differences of a float32 function: eps^2 of the method, 1e-7 / eps of the rounding
+    assert torch.autograd.gradcheck(
+        lambda *qkv: flash_attention_triton(*qkv, causal=True, return_lse=True),
+        args, eps=1e-2, atol=1e-3, rtol=1e-3, nondet_tol=0.0, fast_mode=True,
+    )  # fmt: skip
+
+
+def test_the_gradient_has_no_gradient_and_says_so():
+    q, k, v = inputs((1, 1, 1, 3, 3, 16))
+    (grad,) = torch.autograd.grad(
+        flash_attention_triton(q, k, v).square().sum(), q, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="flash_attention_backward"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("q", lambda x: x[0], r"q must be \(batch, n_heads, n_q, d_head\); got \(4, 70, 16\)"),
+        ("k", lambda x: x[:, :, :9], r"k and v must both be \(batch, n_kv_heads, n_k, d_head\)"),
+        ("q", lambda x: x[:1], "must have the same batch and d_head; got q"),
+        ("q", lambda x: x[:, :3], "n_heads must be a multiple of n_kv_heads; got 3 and 2"),
+        ("q", lambda x: x.double(), "must be float32, float16 or bfloat16; got torch.float64"),
+        ("q", lambda x: x.half(), "k must be torch.float16 on cpu like q; got torch.float32"),
+        ("q", lambda x: x.mT.contiguous().mT, "last dimension of q must be contiguous"),
+        ("scale", lambda x: math.nan, "scale must be a positive finite number; got nan"),
+        ("scale", lambda x: math.inf, "scale must be a positive finite number; got inf"),
+        ("scale", lambda x: 0.0, "scale must be a positive finite number; got 0.0"),
+    ],
+)
+def test_bad_input_is_refused(name, change, message):
+    arguments = dict(zip("qkv", inputs_without_grad(SHAPES[0]), strict=True), scale=None)
+    arguments[name] = change(arguments[name])
+    with pytest.raises(BadInput, match=message):
+        flash_attention_triton(**arguments)
+
+
+@pytest.mark.parametrize("d_head", [12, 264])
+def test_a_width_that_the_kernels_cannot_load_is_refused(d_head):
+    q, k, v = inputs_without_grad((1, 1, 1, 4, 4, d_head))
+    with pytest.raises(BadInput, match=f"d_head must be a multiple of 8 up to 256; got {d_head}"):
+        flash_attention_triton(q, k, v)
+
+
+def test_rows_too_far_apart_are_refused():
+    q, k, v = inputs_without_grad((1, 1, 1, 2, 2, 16))
+    far = torch.empty(1 << 25, device="meta").as_strided((1, 1, 2, 16), (0, 0, 1 << 24, 1))
+    q, k, v = (x.to("meta") for x in (q, k, v))
+    with pytest.raises(BadInput, match="rows less than 16777216 elements apart"):
+        flash_attention_triton(q, far, v)
+
+
+def test_bfloat16_is_refused_by_the_interpreter():
+    args = [x.bfloat16() for x in inputs_without_grad(SHAPES[0])]
+    with pytest.raises(BadInput, match="bfloat16 needs a GPU"):
+        flash_attention_triton(*args)
+
+
+# --- as an operator of torch
+
+
+@pytest.mark.filterwarnings("ignore:Input #")
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_torchs_own_checks_of_an_operator_pass(requires_grad):
+    args = inputs((1, 2, 1, 20, 24, 16))
+    transposed = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in args]
+    for q, k, v in (args, transposed):
+        q, k, v = (x.detach().requires_grad_(requires_grad) for x in (q, k, v))
+        torch.library.opcheck(torch.ops.llmopt_lab.flash_attention, (q, k, v, True, None))
+
+
+def test_torchs_own_checks_of_the_gradients_operator_pass():
+    q, k, v = inputs_without_grad((1, 2, 1, 20, 24, 16))
+    out, lse = flash_attention_triton(q, k, v, return_lse=True)
+    args = (q, k, v, out, lse, torch.ones_like(out), torch.ones_like(lse), False, 0.3)
+    torch.library.opcheck(torch.ops.llmopt_lab.flash_attention_backward, args)
+
+
+def layer(x, weight, attention):
+    """A projection, attention over its parts, and a function of the result."""
+    q, k, v = (x @ weight).unflatten(-1, (3, 2, 16)).transpose(1, 3).unbind(2)
+    return attention(q, k, v).transpose(1, 2).flatten(2).tanh()
+
+
+def test_a_compiled_function_has_no_graph_break_and_the_same_gradients():
+    rng = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(1, 20, 32, generator=rng), torch.randn(32, 96, generator=rng) / 6
+    weight.requires_grad_()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (20, 13):
+        got = compiled(x[:, :n], weight, lambda *qkv: flash_attention_triton(*qkv, causal=True))
+        (got_grad,) = torch.autograd.grad(got.sum(), weight)
+        wide = weight.detach().double().requires_grad_()
+        want = layer(x[:, :n].double(), wide, lambda *qkv: oracle(*qkv, causal=True)[0])
+        (want_grad,) = torch.autograd.grad(want.sum(), wide)
+        assert_close(got, want)
+        assert_close(got_grad, want_grad)
