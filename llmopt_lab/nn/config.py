@@ -76,7 +76,9 @@ class ModelConfig:
             f"d_head must be even, because RoPE rotates pairs; got {self.d_head}",
         )
         if self.n_experts is None:
-            require(self.top_k is None, f"top_k is {self.top_k}, but there are no experts: n_experts")
+            require(
+                self.top_k is None, f"top_k is {self.top_k}, but there are no experts: n_experts"
+            )
         else:
             require(
                 self.top_k is not None and 1 <= self.top_k <= self.n_experts,

@@ -51,8 +51,9 @@ HELD_OUT = (
 SLICE_BYTES = 280_000  # of the held-out text, shipped with the package
 
 PERMISSIVE = {
-    "0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "CNRI-Python", "HPND",
-    "ISC", "LLVM-exception", "MIT", "MIT-0", "MIT-CMU", "PSF-2.0", "Python-2.0", "Unlicense", "Zlib",
+    "0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "CNRI-Python",
+    "HPND", "ISC", "LLVM-exception", "MIT", "MIT-0", "MIT-CMU", "PSF-2.0", "Python-2.0",
+    "Unlicense", "Zlib",
 }  # fmt: skip
 # What older metadata calls them: the last part of a classifier, or the whole licence field.
 SPELLINGS = {
@@ -70,7 +71,9 @@ VENDORED = re.compile(r"(^|/)(_?vendor(ed)?|third_party|extern(al|als)?|_distuti
 GENERATED = re.compile(
     r"automatically generated|auto-?generated|generated (by|from)|do not edit|@generated", re.I
 )
-OTHER_LICENCE = re.compile(r"GNU (Lesser |Affero )?General Public|\b[AL]?GPL\b|Mozilla Public", re.I)
+OTHER_LICENCE = re.compile(
+    r"GNU (Lesser |Affero )?General Public|\b[AL]?GPL\b|Mozilla Public", re.I
+)
 MOST_BYTES = 200_000
 LONGEST_LINE = 1_000
 PIECE = 4  # lines
@@ -198,7 +201,11 @@ def find_packages(root: str = "llmopt_lab") -> tuple[list[Package], list[dict]]:
                 licence=licence,
                 licence_from=said,
                 folder=Path(str(distribution.locate_file(""))),
-                paths=sorted(f.as_posix() for f in files if f.suffix == ".py" and f.parts[0] != ".."),
+                paths=sorted(
+                    file.as_posix()
+                    for file in files
+                    if file.suffix == ".py" and file.parts[0] != ".."
+                ),
                 notice="\n".join(
                     file.read_text(encoding="utf-8")
                     for file in files
@@ -317,13 +324,6 @@ def collect(packages: list[Package]) -> None:
         else:
             package.kept.append(document)
             seen |= pieces
-    names = [document.name for package in packages for document in package.kept]
-    for entry in HELD_OUT:
-        require(
-            any(name == entry or name.startswith(entry) for name in names),
-            f"{entry} is to be held out, but this environment has no such file; install the "
-            "versions of constraints.txt",
-        )
 
 
 def split(packages: list[Package]) -> tuple[list[Document], list[Document]]:
@@ -376,8 +376,8 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
         "model_max_length": 2048,
     }
     tokenizer.save(str(folder / "tokenizer.json"))
-    for name, content in (("tokenizer_config", settings), ("special_tokens_map", special)):
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "special_tokens_map.json", special)
 
 
 def encode_documents(tokenizer, documents: list[Document]) -> np.ndarray:
@@ -456,7 +456,11 @@ def slice_of(packages: list[Package], most_bytes: int = SLICE_BYTES) -> dict:
             chosen.append((document, package))
     return {
         "licences": {
-            package.name: {"version": package.version, "spdx": package.licence, "text": package.notice}
+            package.name: {
+                "version": package.version,
+                "spdx": package.licence,
+                "text": package.notice,
+            }
             for _, package in chosen
         },
         "documents": [
@@ -480,52 +484,75 @@ def in_shards(documents: list[Document], most_bytes: int = 1 << 25) -> Iterator[
 
 
 def build(out: Path, say=print) -> None:
-    """Write the corpus, the tokenizer, the tokens and the baselines below `out`."""
-    from llmopt_lab.nn.ngram import NGram
-
-    out.mkdir(parents=True, exist_ok=True)
+    """Write the corpus of this environment below `out`: `write_corpus` of all its packages."""
     packages, refused = find_packages()
     say(f"{len(packages)} packages under permissive licences, {len(refused)} refused")
     collect(packages)
+    names = [document.name for package in packages for document in package.kept]
+    for entry in HELD_OUT:
+        require(
+            any(name == entry or name.startswith(entry) for name in names),
+            f"{entry} is to be held out, but this environment has no such file; install the "
+            "versions of constraints.txt",
+        )
+    write_corpus(packages, refused, out, say=say)
+
+
+def write_corpus(
+    packages: list[Package], refused: list[dict], out: Path, *, n_vocab: int = N_VOCAB, say=print
+) -> None:
+    """Write collected packages as text, tokenizer, tokens and baselines.
+
+    manifest.json (what is in it), train-00.jsonl.xz ..., heldout.json (the slice that ships), the
+    tokenizer's files, train.tokens.xz and heldout.tokens.xz, corpus.json (sizes and the bits per
+    byte of gzip, xz and a 5-gram model on the held-out text).
+    """
+    from llmopt_lab.nn.ngram import NGram
+
+    out.mkdir(parents=True, exist_ok=True)
     train, held_out = split(packages)
-    text = "".join(document.text for document in held_out).encode()
+    require(len(held_out) > 0, "no file is held out: collect packages that HELD_OUT names")
+    texts = [document.text.encode() for document in held_out]
+    text = b"".join(texts)
     n_bytes = sum(len(document.text.encode()) for document in train)
-    say(f"{len(train)} files, {n_bytes / 1e6:.1f} MB to train on; {len(text) / 1e6:.2f} MB held out")
-    (out / "manifest.json").write_text(json.dumps(manifest_of(packages, refused), indent=1) + "\n")
-    (out / "heldout.json").write_text(
-        json.dumps(slice_of(packages), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    say(
+        f"{len(train)} files, {n_bytes / 1e6:.1f} MB to train on; {len(text) / 1e6:.2f} MB held out"
     )
+    write_json(out / "manifest.json", manifest_of(packages, refused))
+    write_json(out / "heldout.json", slice_of(packages))
     for i, shard in enumerate(in_shards(train)):
         lines = [json.dumps({"name": d.name, "text": d.text}, ensure_ascii=False) for d in shard]
         packed = lzma.compress("\n".join(lines).encode(), preset=3)
         (out / f"train-{i:02d}.jsonl.xz").write_bytes(packed)
 
-    tokenizer = train_tokenizer(train)
+    tokenizer = train_tokenizer(train, n_vocab)
     save_tokenizer(tokenizer, out)
-    tokens = {
-        "train": encode_documents(tokenizer, train),
-        "heldout": encode_documents(tokenizer, held_out),
-    }
-    for name, row in tokens.items():
-        write_tokens(out / f"{name}.tokens.xz", row)
-    say(f"{len(tokens['train']) / 1e6:.1f} M tokens, {len(tokens['heldout']) / 1e3:.0f} k held out")
+    tokens, unseen = encode_documents(tokenizer, train), encode_documents(tokenizer, held_out)
+    write_tokens(out / "train.tokens.xz", tokens)
+    write_tokens(out / "heldout.tokens.xz", unseen)
+    say(f"{len(tokens) / 1e6:.1f} M tokens to train on, {len(unseen) / 1e3:.0f} k held out")
 
-    model = NGram(tokens["train"], order=5, n_vocab=N_VOCAB)
-    scored = tokens["heldout"] != 0  # the separators are given, not predicted
-    nats = -np.log(model.probabilities(tokens["heldout"])[scored]).sum()
-    packed = {
-        "gzip -9": len(gzip.compress(text, 9)),
-        "xz -9e": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)),
+    predicted = unseen != 0  # the separators are given
+    nats = -np.log(NGram(tokens, order=5, n_vocab=n_vocab).probabilities(unseen)[predicted]).sum()
+    bits_per_byte = {
+        "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
+        "xz -9e": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text),
+        "5-gram": float(nats / np.log(2) / len(text)),
     }
     sizes = {
+        "n_vocab": n_vocab,
         "train_bytes": n_bytes,
         "train_files": len(train),
-        "train_tokens": len(tokens["train"]),
+        "train_tokens": len(tokens),
         "heldout_bytes": len(text),
-        "heldout_files": len(held_out),
-        "heldout_tokens": int(scored.sum()),
-        "bits_per_byte": {name: 8 * size / len(text) for name, size in packed.items()}
-        | {"5-gram": float(nats / np.log(2) / len(text))},
+        "heldout_tokens": int(predicted.sum()),
+        "heldout_document_bytes": [len(one) for one in texts],
+        "bits_per_byte": bits_per_byte,
     }
-    (out / "corpus.json").write_text(json.dumps(sizes, indent=2) + "\n")
-    say(json.dumps(sizes["bits_per_byte"]))
+    write_json(out / "corpus.json", sizes)
+    say(", ".join(f"{name}: {bits:.3f} bits a byte" for name, bits in bits_per_byte.items()))
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Readable, UTF-8."""
+    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -25,7 +25,7 @@ class SwiGLU(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Each token visits the `top_k` experts of highest router probability; a weighted sum of SwiGLUs.
+    """Each token visits the `top_k` experts of highest probability: a weighted sum of SwiGLUs.
 
     The weights of all experts stand in one tensor a projection, (n_experts, d_out, d_in). In
     training every expert sees every token and unvisited ones count zero: n_experts / top_k times
@@ -65,7 +65,9 @@ class MixtureOfExperts(nn.Module):
         probabilities, weights, experts = self.route(x)
         if self.training:
             self.balance = balance_loss(probabilities, experts)
-            return self._all_experts(x, torch.zeros_like(probabilities).scatter(-1, experts, weights))
+            return self._all_experts(
+                x, torch.zeros_like(probabilities).scatter(-1, experts, weights)
+            )
         return self._visited_experts(x, weights, experts)
 
     def _all_experts(self, x: Tensor, weights: Tensor) -> Tensor:
@@ -88,7 +90,7 @@ class MixtureOfExperts(nn.Module):
 
 
 def balance_loss(probabilities: Tensor, experts: Tensor) -> Tensor:
-    """Switch's auxiliary loss: n_experts * sum over experts of (share of visits * mean probability).
+    """Switch's auxiliary loss: n_experts * sum of (share of visits * mean probability).
 
     1 when the load is even, up to n_experts when all tokens visit one expert. Only the mean
     probability has a gradient. Hugging Face's Mixtral multiplies by top_k as well.

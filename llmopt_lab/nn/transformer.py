@@ -158,11 +158,21 @@ class Transformer(nn.Module):
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         self._check(tokens, positions)
         cos, sin = rope_tables(self.config, positions, self.dtype)
-        x = self.embed_tokens(tokens)  # (batch, n, d_model)
+        x = self.hidden(tokens, cos, sin, attend or self.attend)
+        return self.logits(x[:, -1:] if last_only else x)
+
+    def hidden(self, tokens: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """`forward` up to the last layer's output (batch, n, d_model), with nothing checked.
+
+        For torch.compile: no look at the tokens, and RoPE's tables are made once by the caller.
+        """
+        x = self.embed_tokens(tokens)
         for block in self.layers:
-            x = block(x, cos, sin, attend or self.attend)
-        if last_only:
-            x = x[:, -1:]
+            x = block(x, cos, sin, attend)
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The final norm and the output head, on `hidden`'s result."""
         head = self.embed_tokens if self.lm_head is None else self.lm_head
         return F.linear(self.norm(x), head.weight)
 
