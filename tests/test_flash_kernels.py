@@ -19,7 +19,7 @@ import aot
 from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.errors import BadInput
 from llmopt_lab.flash_attention import kernels
-from llmopt_lab.flash_attention.kernels import Tiles, fitting_tiles, flash_attention_triton
+from llmopt_lab.flash_attention.kernels import Tiles, flash_attention_triton, tiles_for
 
 SHAPES = [  # batch, n_heads, n_kv_heads, n_q, n_k, d_head
     (2, 4, 2, 70, 70, 16),
@@ -79,8 +79,8 @@ def check_forward_and_backward(q, k, v, *, what="", **kw):
     assert_close(out, want_out, f"out {what}")
     assert_close(lse, want_lse, f"lse {what}")
     rng = torch.Generator(q.device).manual_seed(1)
-    d_out, d_lse = (
-        torch.randn(x.shape, generator=rng, device=q.device, dtype=x.dtype) for x in (out, lse)
+    d_out, d_lse = (  # small, so that sums over many rows stay near 1, for which the table is made
+        torch.randn(x.shape, generator=rng, device=q.device, dtype=x.dtype) / 4 for x in (out, lse)
     )
     got = torch.autograd.grad((out, lse), (q, k, v), (d_out, d_lse))
     if not want_out.requires_grad:  # nobody sees a key: nothing depends on anything
@@ -271,16 +271,211 @@ def layer(x, weight, attention):
     return attention(q, k, v).transpose(1, 2).flatten(2).tanh()
 
 
-def test_a_compiled_function_has_no_graph_break_and_the_same_gradients():
-    rng = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(1, 20, 32, generator=rng), torch.randn(32, 96, generator=rng) / 6
-    weight.requires_grad_()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+def check_compiled(device, **options):
+    rng = torch.Generator(device).manual_seed(0)
+    x = torch.randn(1, 20, 32, generator=rng, device=device)
+    weight = (torch.randn(32, 96, generator=rng, device=device) / 6).requires_grad_()
+    attention = lambda *qkv: flash_attention_triton(*qkv, causal=True)  # noqa: E731
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, **options)
     for n in (20, 13):
-        got = compiled(x[:, :n], weight, lambda *qkv: flash_attention_triton(*qkv, causal=True))
+        got = compiled(x[:, :n], weight, attention)
         (got_grad,) = torch.autograd.grad(got.sum(), weight)
         wide = weight.detach().double().requires_grad_()
         want = layer(x[:, :n].double(), wide, lambda *qkv: oracle(*qkv, causal=True)[0])
         (want_grad,) = torch.autograd.grad(want.sum(), wide)
         assert_close(got, want)
         assert_close(got_grad, want_grad)
+
+
+def test_a_compiled_function_has_no_graph_break_and_the_same_gradients():
+    check_compiled("cpu", backend="aot_eager")
+
+
+# --- compiled for GPUs that are not here
+
+MODULE = "llmopt_lab.flash_attention.kernels"
+CAPABILITIES = {
+    "sm_75": (7, 5), "sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0), "sm_100": (10, 0),
+    "gfx942": None,
+}  # fmt: skip
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+TENSORS = {
+    "forward": ("q", "k", "v", "out"),
+    "backward_keys": ("q", "k", "v", "d_out", "d_k", "d_v"),
+    "backward_queries": ("q", "k", "v", "d_out", "d_q"),
+}
+
+
+def kernel_spec(target: str, kernel: str, dtype: str, d_head: int) -> dict:
+    """A causal kernel: it holds both loops, over whole and over masked tiles."""
+    tiles = tiles_for(kernel, d_head, DTYPES[dtype], CAPABILITIES[target])
+    batch_and_head = [f"{x}_{n}" for x in TENSORS[kernel] for n in ("batch", "head")]
+    rows = [f"{x}_row" for x in TENSORS[kernel]]
+    has_tf32 = CAPABILITIES[target] is not None and CAPABILITIES[target] >= (8, 0)
+    return {
+        "kernel": f"{MODULE}:_{kernel}_kernel",
+        "target": target,
+        "signature": {f"{x}_ptr": f"*{dtype}" for x in TENSORS[kernel]}
+        | {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32"}
+        | dict.fromkeys(batch_and_head, "i64")
+        | dict.fromkeys([*rows, "n_heads", "n_kv_heads", "group", "n_q", "n_k"], "i32"),
+        "constexprs": {
+            "CAUSAL": True, "D_HEAD": d_head, "D": max(16, 1 << (d_head - 1).bit_length()),
+            "TILE_Q": tiles.tile_q, "TILE_K": tiles.tile_k, "STAGES": tiles.n_stages,
+            "PRECISION": "tf32x3" if dtype == "fp32" and has_tf32 else "ieee", "TMA": tiles.tma,
+        },
+        "aligned": batch_and_head + rows,
+        "options": {"num_warps": tiles.n_warps},
+    }  # fmt: skip
+
+
+def delta_spec(target: str) -> dict:
+    strides = [f"{x}_{n}" for x in ("out", "d_out") for n in ("batch", "head", "row")]
+    return {
+        "kernel": f"{MODULE}:_backward_delta_kernel",
+        "target": target,
+        "signature": dict.fromkeys(strides, "i64")
+        | {"out_ptr": "*fp16", "d_out_ptr": "*fp16", "d_lse_ptr": "*fp32", "delta_ptr": "*fp32"}
+        | {"n_heads": "i32", "n_q": "i32"},
+        "constexprs": {"D_HEAD": 128, "D": 128, "TILE_Q": 64},
+        "aligned": strides,
+    }
+
+
+def specs_of(target: str) -> list[dict]:
+    half = "fp16" if target == "sm_75" else "bf16"
+    specs = [kernel_spec(target, kernel, half, 128) for kernel in TENSORS]
+    specs += [kernel_spec(target, "forward", "fp32", 64), delta_spec(target)]
+    if target == "sm_90":
+        widths = [("bf16", 64), ("bf16", 80), ("bf16", 256), ("fp16", 128)]
+        specs += [kernel_spec(target, kernel, *width) for kernel in TENSORS for width in widths]
+    return specs
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_kernels_compile_and_fit_the_chip(target):
+    specs = specs_of(target)
+    for spec, facts in zip(specs, aot.compile_ahead(specs), strict=True):
+        what = f"{spec['kernel']} {spec['constexprs']}"
+        assert facts["shared"] <= aot.TARGETS[target][3], f"{what}: shared memory {facts['shared']}"
+        if target == "sm_90":
+            assert facts["spills"] == 0, f"{what} spills {facts['spills']} bytes"
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 0), None])
+def test_tiles_are_powers_of_two_that_a_product_takes(capability):
+    for kernel in TENSORS:
+        for d_head in range(8, 257, 8):
+            for dtype in DTYPES.values():
+                tiles = tiles_for(kernel, d_head, dtype, capability)
+                for size in (tiles.tile_q, tiles.tile_k):
+                    assert size in (16, 32, 64, 128)
+                assert tiles.n_stages >= 1
+                assert tiles.tma == (capability is not None and capability >= (9, 0))
+
+
+# --- on a GPU
+
+GPU_SHAPES = [  # batch, n_heads, n_kv_heads, n_q, n_k, d_head
+    (2, 8, 2, 513, 700, 64),
+    (1, 2, 2, 700, 513, 64),  # causal: 187 rows see no key
+    (2, 8, 2, 1000, 1000, 128),
+    (1, 4, 4, 1, 4097, 128),
+]
+WIDE_GPU_SHAPES = [(1, 4, 4, 300, 257, 80), (1, 4, 2, 200, 333, 256), (3, 3, 1, 90, 70, 16)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
+def test_results_and_gradients_equal_torchs_on_a_gpu(shape, dtype, causal):
+    check_forward_and_backward(*inputs(shape, dtype=dtype, device="cuda"), causal=causal)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", WIDE_GPU_SHAPES, ids=str)
+def test_every_width_of_a_head_is_right_on_a_gpu(shape):
+    check_forward_and_backward(*inputs(shape, dtype=torch.bfloat16, device="cuda"), causal=True)
+
+
+@pytest.mark.gpu
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 3),
+    n_q=st.integers(1, 700),
+    n_k=st.integers(1, 700),
+    group=st.integers(1, 8),
+    n_kv_heads=st.integers(1, 3),
+    d_head=st.sampled_from([64, 128]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    causal=st.booleans(),
+    rows_first=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_results_and_gradients_equal_torchs_on_a_gpu_on_random_shapes(
+    batch, n_q, n_k, group, n_kv_heads, d_head, dtype, causal, rows_first, seed
+):
+    shape = (batch, group * n_kv_heads, n_kv_heads, n_q, n_k, d_head)
+    q, k, v = inputs(shape, dtype=dtype, device="cuda", seed=seed)
+    if rows_first:
+        q, k, v = (
+            x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+            for x in (q, k, v)
+        )
+    check_forward_and_backward(q, k, v, causal=causal, what=f"{shape}")
+
+
+@pytest.mark.gpu
+def test_inputs_that_tma_cannot_address_are_right_too():
+    q, k, v = inputs((1, 2, 2, 150, 170, 64), dtype=torch.bfloat16, device="cuda")
+    odd = [
+        torch.cat([x.detach(), x.detach()[..., :3]], dim=-1)[..., :64].requires_grad_()
+        for x in (q, k, v)
+    ]  # rows 67 elements apart
+    check_forward_and_backward(*odd, causal=True)
+
+
+@pytest.mark.gpu
+def test_two_runs_give_the_same_bits_on_a_gpu():
+    def run():
+        q, k, v = inputs(GPU_SHAPES[2], dtype=torch.bfloat16, device="cuda")
+        out, lse = flash_attention_triton(q, k, v, causal=True, return_lse=True)
+        return out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), (q, k, v))
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@pytest.mark.gpu
+def test_index_arithmetic_is_64_bit():
+    n, d_head = 300, 64
+    row_stride = (1 << 31) // n + 64  # the last rows lie past element 2^31
+    row_stride -= row_stride % 8
+    small = inputs_without_grad((1, 1, 1, n, n, d_head), dtype=torch.bfloat16, device="cuda")
+    far = []
+    for x in small:
+        buffer = torch.empty(n * row_stride, dtype=x.dtype, device="cuda")
+        view = buffer.as_strided((1, 1, n, d_head), (n * row_stride, n * row_stride, row_stride, 1))
+        far.append(view.copy_(x).requires_grad_())
+    check_forward_and_backward(*far, causal=True)
+
+
+@pytest.mark.gpu
+def test_memory_grows_with_the_length_and_not_with_its_square():
+    n = 128 * 1024
+    q, k, v = inputs((1, 2, 1, n, n, 64), dtype=torch.bfloat16, device="cuda", peak=1.0)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out, lse = flash_attention_triton(q, k, v, causal=True, return_lse=True)
+    out.backward(torch.ones_like(out))
+    extra = torch.cuda.max_memory_allocated() - before
+    # out, its gradient, d_q, d_k, d_v, and lse, its gradient, delta; some slack for the allocator
+    assert extra < 2 * (4 * q.nbytes + 2 * k.nbytes + 4 * lse.nbytes)
+    rows = slice(n - 64, n)  # they see every key
+    want, _ = oracle(q.detach()[:, :, rows], k.detach(), v.detach(), causal=True)
+    assert_close(out[:, :, rows], want)
+
+
+@pytest.mark.gpu
+def test_a_compiled_function_has_no_graph_break_on_a_gpu():
+    check_compiled("cuda")

@@ -13,13 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmopt_lab.core.device import (
-    GpuFacts,
-    gpu_facts,
-    interpreting,
-    pick_device,
-    prepare_triton,
-)
+from llmopt_lab.core.device import gpu_facts, interpreting, pick_device, prepare_triton
 from llmopt_lab.core.errors import require
 from llmopt_lab.core.memory import ceil_div
 
@@ -160,20 +154,20 @@ def _forward_kernel(
     k_batch, k_head, k_row,
     v_batch, v_head, v_row,
     out_batch, out_head, out_row,
-    n_heads, n_q, n_k, scale,
-    GROUP: tl.constexpr, CAUSAL: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
+    n_heads, group, n_q, n_k, scale,
+    CAUSAL: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     TMA: tl.constexpr,
 ):
     """One program: TILE_Q queries of one head against all the keys they see."""
     tile, head, batch = _owned(tl.cdiv(n_q, TILE_Q), n_heads)
-    kv_head = head // GROUP
+    kv_head = head // group
     # the last tile first: under a causal mask it has most work
     first_q = (tl.cdiv(n_q, TILE_Q) - 1 - tile) * TILE_Q
     scale_log2 = scale * LOG2_E
     k_at, v_at = k_ptr + batch * k_batch, v_ptr + batch * v_batch
-    k_rows = _rows_of(k_at, n_heads // GROUP, n_k, k_head, k_row, TILE_K, D_HEAD, D, TMA)
-    v_rows = _rows_of(v_at, n_heads // GROUP, n_k, v_head, v_row, TILE_K, D_HEAD, D, TMA)
+    k_rows = _rows_of(k_at, n_heads // group, n_k, k_head, k_row, TILE_K, D_HEAD, D, TMA)
+    v_rows = _rows_of(v_at, n_heads // group, n_k, v_head, v_row, TILE_K, D_HEAD, D, TMA)
     q_at = q_ptr + batch * q_batch
     q = _load_rows(
         q_at, head, first_q, n_q, q_head, q_row, TILE_Q, D_HEAD, D, False, CHECKED=True
@@ -235,19 +229,20 @@ def _backward_delta_kernel(
 def _absorb_queries(
     d_k, d_v, k, v,                 # (TILE_K, D) each: this program's keys
     q_rows, d_out_rows, lse_at, delta_at,                               # of all heads
-    first_head, q_head, q_row, d_out_head, d_out_row,
+    first_head, group, q_head, q_row, d_out_head, d_out_row,
     first_k, begin, end, n_q, n_k, scale_log2,
-    MASKED: tl.constexpr, GROUP: tl.constexpr,
+    MASKED: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):
-    """What the queries [begin, end) of GROUP heads send to these keys. Scores lie keys by queries.
+    """What the queries [begin, end) of the heads of one group send to these keys.
 
-    One loop over the tiles of all heads: its pipeline does not run dry between two of them.
+    Scores lie keys by queries here, so that both sums can read them from registers. One loop runs
+    over the tiles of all heads, not one a head: its pipeline does not run dry between two heads.
     """
     n_tiles = tl.cdiv(end - begin, TILE_Q)
     per_head = tl.maximum(n_tiles, 1)       # the pipeline divides before it knows of no tiles
-    for step in tl.range(0, GROUP * n_tiles, num_stages=STAGES):
+    for step in tl.range(0, group * n_tiles, num_stages=STAGES):
         head = first_head + step // per_head
         first = begin + step % per_head * TILE_Q
         row = first + tl.arange(0, TILE_Q)                              # (TILE_Q,)
@@ -282,8 +277,8 @@ def _backward_keys_kernel(
     d_k_ptr, d_v_ptr,               # like k and v
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     d_out_batch, d_out_head, d_out_row, d_k_batch, d_k_head, d_k_row, d_v_batch, d_v_head, d_v_row,
-    n_kv_heads, n_q, n_k, scale,
-    GROUP: tl.constexpr, CAUSAL: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
+    n_kv_heads, group, n_q, n_k, scale,
+    CAUSAL: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     TMA: tl.constexpr,
 ):
@@ -291,7 +286,7 @@ def _backward_keys_kernel(
     tile, kv_head, batch = _owned(tl.cdiv(n_k, TILE_K), n_kv_heads)
     first_k = tile * TILE_K     # the first tile first: under a causal mask most queries see it
     scale_log2 = scale * LOG2_E
-    n_heads = n_kv_heads * GROUP
+    n_heads = n_kv_heads * group
     k = _load_rows(
         k_ptr + batch * k_batch, kv_head, first_k, n_k, k_head, k_row,
         TILE_K, D_HEAD, D, False, CHECKED=True,
@@ -315,15 +310,15 @@ def _backward_keys_kernel(
         full = tl.minimum(full, n_q)
         d_k, d_v = _absorb_queries(
             d_k, d_v, k, v, q_rows, d_out_rows, lse_at, delta_at,
-            kv_head * GROUP, q_head, q_row, d_out_head, d_out_row,
+            kv_head * group, group, q_head, q_row, d_out_head, d_out_row,
             first_k, begin, full, n_q, n_k, scale_log2,
-            True, GROUP, TILE_Q, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
+            True, TILE_Q, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
         )
     d_k, d_v = _absorb_queries(
         d_k, d_v, k, v, q_rows, d_out_rows, lse_at, delta_at,
-        kv_head * GROUP, q_head, q_row, d_out_head, d_out_row,
+        kv_head * group, group, q_head, q_row, d_out_head, d_out_row,
         first_k, full, n_q, n_q, n_k, scale_log2,
-        False, GROUP, TILE_Q, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
+        False, TILE_Q, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
     )
     d_k_at, d_v_at = d_k_ptr + batch * d_k_batch, d_v_ptr + batch * d_v_batch
     _store_rows(d_k_at, d_k * scale, kv_head, first_k, n_k, d_k_head, d_k_row, TILE_K, D_HEAD, D)
@@ -364,20 +359,20 @@ def _backward_queries_kernel(
     d_q_ptr,                        # like q
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     d_out_batch, d_out_head, d_out_row, d_q_batch, d_q_head, d_q_row,
-    n_heads, n_q, n_k, scale,
-    GROUP: tl.constexpr, CAUSAL: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
+    n_heads, group, n_q, n_k, scale,
+    CAUSAL: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     TMA: tl.constexpr,
 ):
     """One program: the gradient of TILE_Q queries of one head, over all the keys they see."""
     tile, head, batch = _owned(tl.cdiv(n_q, TILE_Q), n_heads)
-    kv_head = head // GROUP
+    kv_head = head // group
     # the last tile first: under a causal mask it has most work
     first_q = (tl.cdiv(n_q, TILE_Q) - 1 - tile) * TILE_Q
     scale_log2 = scale * LOG2_E
     k_at, v_at = k_ptr + batch * k_batch, v_ptr + batch * v_batch
-    k_rows = _rows_of(k_at, n_heads // GROUP, n_k, k_head, k_row, TILE_K, D_HEAD, D, TMA)
-    v_rows = _rows_of(v_at, n_heads // GROUP, n_k, v_head, v_row, TILE_K, D_HEAD, D, TMA)
+    k_rows = _rows_of(k_at, n_heads // group, n_k, k_head, k_row, TILE_K, D_HEAD, D, TMA)
+    v_rows = _rows_of(v_at, n_heads // group, n_k, v_head, v_row, TILE_K, D_HEAD, D, TMA)
     q_at = q_ptr + batch * q_batch
     q = _load_rows(
         q_at, head, first_q, n_q, q_head, q_row, TILE_Q, D_HEAD, D, False, CHECKED=True
@@ -491,14 +486,12 @@ def _forward(q, k, v, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     n_kv_heads, n_k = k.shape[1:3]
     out = _empty_like(q)
     lse = q.new_empty(batch, n_heads, n_q, dtype=torch.float32)
-    sizes = {
-        "GROUP": n_heads // n_kv_heads, "CAUSAL": causal, "D_HEAD": d_head, "D": _padded(d_head),
-        "PRECISION": _precision(q.dtype),
-    }  # fmt: skip
+    d, precision = _padded(d_head), _precision(q.dtype)
+    sizes = {"CAUSAL": causal, "D_HEAD": d_head, "D": d, "PRECISION": precision}
     tiles = choose_tiles("forward", d_head, q.dtype)
     _forward_kernel[(ceil_div(n_q, tiles.tile_q) * n_heads * batch,)](
-        q, k, v, out, lse, *_strides(q, k, v, out), n_heads, n_q, n_k, scale,
-        **sizes, **_options(tiles, k, v),
+        q, k, v, out, lse, *_strides(q, k, v, out),
+        n_heads, n_heads // n_kv_heads, n_q, n_k, scale, **sizes, **_options(tiles, k, v),
     )  # fmt: skip
     return out, lse
 
@@ -510,25 +503,22 @@ def _backward(q, k, v, out, lse, d_out, d_lse, causal: bool, scale: float):
     d_out = d_out if _is_walkable(d_out) else d_out.contiguous()    # an expanded scalar, often
     d_q, d_k, d_v = _empty_like(q), _empty_like(k), _empty_like(v)
     delta = torch.empty_like(lse)
-    d = _padded(d_head)
+    d, precision = _padded(d_head), _precision(q.dtype)
+    sizes = {"CAUSAL": causal, "D_HEAD": d_head, "D": d, "PRECISION": precision}
     rows = 64 if d <= 128 else 32
     _backward_delta_kernel[(ceil_div(n_q, rows) * n_heads * batch,)](
         out, d_out, d_lse.contiguous(), delta, *_strides(out, d_out), n_heads, n_q,
         D_HEAD=d_head, D=d, TILE_Q=rows,
     )  # fmt: skip
-    sizes = {
-        "GROUP": n_heads // n_kv_heads, "CAUSAL": causal, "D_HEAD": d_head, "D": d,
-        "PRECISION": _precision(q.dtype),
-    }  # fmt: skip
     tiles = choose_tiles("backward_keys", d_head, q.dtype)
     _backward_keys_kernel[(ceil_div(n_k, tiles.tile_k) * n_kv_heads * batch,)](
         q, k, v, d_out, lse, delta, d_k, d_v, *_strides(q, k, v, d_out, d_k, d_v),
-        n_kv_heads, n_q, n_k, scale, **sizes, **_options(tiles, q, d_out),
+        n_kv_heads, n_heads // n_kv_heads, n_q, n_k, scale, **sizes, **_options(tiles, q, d_out),
     )  # fmt: skip
     tiles = choose_tiles("backward_queries", d_head, q.dtype)
     _backward_queries_kernel[(ceil_div(n_q, tiles.tile_q) * n_heads * batch,)](
         q, k, v, d_out, lse, delta, d_q, *_strides(q, k, v, d_out, d_q),
-        n_heads, n_q, n_k, scale, **sizes, **_options(tiles, k, v),
+        n_heads, n_heads // n_kv_heads, n_q, n_k, scale, **sizes, **_options(tiles, k, v),
     )  # fmt: skip
     return d_q, d_k, d_v
 
@@ -554,15 +544,15 @@ TILES = {
     ("backward_queries", 2, 64): Tiles(128, 128, 8, 2),
     ("backward_queries", 2, 128): Tiles(128, 64, 8, 2),
     ("backward_queries", 2, 256): Tiles(64, 64, 8, 2),
-    ("forward", 4, 64): Tiles(64, 32, 4, 2),
-    ("forward", 4, 128): Tiles(64, 32, 8, 2),
-    ("forward", 4, 256): Tiles(32, 32, 8, 2),
-    ("backward_keys", 4, 64): Tiles(32, 64, 8, 2),
+    ("forward", 4, 64): Tiles(64, 32, 8, 2),
+    ("forward", 4, 128): Tiles(32, 32, 8, 2),
+    ("forward", 4, 256): Tiles(16, 16, 8, 2),
+    ("backward_keys", 4, 64): Tiles(32, 32, 8, 2),
     ("backward_keys", 4, 128): Tiles(32, 32, 8, 2),
-    ("backward_keys", 4, 256): Tiles(16, 32, 8, 1),
-    ("backward_queries", 4, 64): Tiles(64, 32, 8, 2),
-    ("backward_queries", 4, 128): Tiles(32, 32, 8, 2),
-    ("backward_queries", 4, 256): Tiles(32, 16, 8, 1),
+    ("backward_keys", 4, 256): Tiles(16, 16, 8, 2),
+    ("backward_queries", 4, 64): Tiles(32, 32, 8, 2),
+    ("backward_queries", 4, 128): Tiles(16, 32, 8, 2),
+    ("backward_queries", 4, 256): Tiles(16, 16, 8, 2),
 }
 
 
@@ -571,23 +561,36 @@ def choose_tiles(kernel: str, d_head: int, dtype: torch.dtype) -> Tiles:
     gpu = gpu_facts()
     if gpu is None:
         return Tiles(32, 16, 4, 1)      # interpreted: small, so that small examples have several
-    tiles = fitting_tiles(kernel, d_head, dtype.itemsize, _shared_bytes(gpu))
-    has_tma = torch.version.hip is None and gpu.capability >= (9, 0)
-    return tiles._replace(tma=has_tma and dtype.itemsize == 2)
+    capability = None if torch.version.hip is not None else gpu.capability
+    return tiles_for(kernel, d_head, dtype, capability)
 
 
-def fitting_tiles(kernel: str, d_head: int, itemsize: int, shared_bytes: int) -> Tiles:
-    """The table's tiles; where they need more shared memory, fewer stages, then smaller tiles."""
+def tiles_for(
+    kernel: str, d_head: int, dtype: torch.dtype, capability: tuple[int, int] | None
+) -> Tiles:
+    """The table's tiles, cut down to what a GPU of that capability (None: AMD) holds."""
     d = _padded(d_head)
+    tensor_cores = capability is None or capability >= (8, 0)
+    itemsize = dtype.itemsize if tensor_cores else 4    # without them products are float32
     tiles = TILES[kernel, itemsize, max(d, 64)]
-    while _bytes_needed(kernel, tiles, itemsize * d) > shared_bytes:
-        if tiles.n_stages > 1:
-            tiles = tiles._replace(n_stages=tiles.n_stages - 1)
+    if capability is not None and capability >= (9, 0):
+        tiles = tiles._replace(tma=True)
+    if itemsize == 2 and (capability is None or capability[0] not in (9, 10)):
+        tiles = _with_shorter_steps(kernel, tiles)      # products read registers, not shared memory
+    while _bytes_needed(kernel, tiles, itemsize * d) > _shared_bytes(capability):
+        if max(tiles.tile_q, tiles.tile_k) == 16:
+            return tiles._replace(n_stages=1)           # nothing is left to cut
         elif tiles.tile_q >= tiles.tile_k:
             tiles = tiles._replace(tile_q=tiles.tile_q // 2)
         else:
             tiles = tiles._replace(tile_k=tiles.tile_k // 2)
     return tiles
+
+
+def _with_shorter_steps(kernel: str, tiles: Tiles) -> Tiles:
+    if kernel == "backward_keys":
+        return tiles._replace(tile_q=tiles.tile_q // 2)
+    return tiles._replace(tile_k=tiles.tile_k // 2)
 
 
 def _bytes_needed(kernel: str, tiles: Tiles, row_bytes: int) -> int:
@@ -597,16 +600,16 @@ def _bytes_needed(kernel: str, tiles: Tiles, row_bytes: int) -> int:
         "backward_keys": (2 * tiles.tile_k, tiles.tile_q),
         "backward_queries": (2 * tiles.tile_q, tiles.tile_k),
     }[kernel]
-    return row_bytes * (kept + 2 * tiles.n_stages * walked) + 2048   # barriers, lse, delta
+    return row_bytes * (kept + 2 * tiles.n_stages * walked) + 2048      # barriers, lse, delta
 
 
-def _shared_bytes(gpu: GpuFacts) -> int:
-    """Most shared memory of one program."""
-    if torch.version.hip is not None or gpu.capability < (8, 0):
+def _shared_bytes(capability: tuple[int, int] | None) -> int:
+    """Most shared memory of one program. AMD's has 64 KiB, but does not keep tiles there."""
+    if capability is not None and capability < (8, 0):
         return 64 << 10
-    if gpu.capability in ((8, 0), (8, 7)):
-        return 163 << 10
-    return 227 << 10 if gpu.capability[0] in (9, 10) else 99 << 10
+    if capability is not None and capability[0] in (9, 10):
+        return 227 << 10
+    return 163 << 10 if capability in ((8, 0), (8, 7)) else 99 << 10
 
 
 def _options(tiles: Tiles, *walked: Tensor) -> dict:
