@@ -50,7 +50,7 @@ class Absorbed(Record):
         n_hidden = int((self.scores == -torch.inf).sum())
         masked = f" ({n_hidden} of {self.scores.numel()} scores masked)" if n_hidden else ""
         return (
-            f"queries {_text(self.rows)} absorb keys {_text(self.cols)}{masked}; "
+            f"{_queries(self.rows)}: absorb {_keys(self.cols)}{masked}; "
             f"query {self.rows.start}: m={self.state.m[0]:.3f} total={self.state.total[0]:.3f}"
         )
 
@@ -64,21 +64,21 @@ class Skipped(Record):
 
     def __str__(self) -> str:
         return (
-            f"queries {_text(self.rows)} skip keys {_text(self.cols)}: "
-            "all of them lie in the future"
+            f"{_queries(self.rows)}: skip {_keys(self.cols)}, "
+            "in the future of them all"
         )
 
 
 @dataclass(frozen=True)
 class Finished(Record):
-    """The last key of these rows was absorbed and the sum divided by its total."""
+    """These rows have seen their last key, and their normalised result was written."""
 
     rows: slice
     result: Partial
 
     def __str__(self) -> str:
         return (
-            f"queries {_text(self.rows)} are done: divide by the totals; "
+            f"{_queries(self.rows)}: done, the normalised result is written; "
             f"query {self.rows.start}: L={self.result.lse[0]:.3f}"
         )
 
@@ -90,7 +90,7 @@ class Scored(Record):
     scores: Tensor          # (n_q, n_k)
 
     def __str__(self) -> str:
-        return f"S = scale * Q K^T: {_size(self.scores)} scores at once"
+        return f"step 1, S = scale * Q K^T: write {_size(self.scores)} scores"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Normalized(Record):
     p: Tensor               # (n_q, n_k)
 
     def __str__(self) -> str:
-        return f"P = softmax(S): {_size(self.p)} weights, each row sums to 1"
+        return f"step 2, P = softmax(S): read the scores again, write {_size(self.p)} weights"
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Weighted(Record):
     out: Tensor             # (n_q, d_v)
 
     def __str__(self) -> str:
-        return f"O = P V: {_size(self.out)} results"
+        return f"step 3, O = P V: read the weights again, write {_size(self.out)} results"
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class SplitDone(Record):
     result: Partial
 
     def __str__(self) -> str:
-        return f"split {self.split} has seen keys {_text(self.cols)}; {self.result}"
+        return f"split {self.split}: done with {_keys(self.cols)}; {self.result}"
 
 
 @dataclass(frozen=True)
@@ -145,12 +145,20 @@ class Recomputed(Record):
     p: Tensor               # (rows, cols)
 
     def __str__(self) -> str:
-        return f"recompute P for queries {_text(self.rows)} and keys {_text(self.cols)}"
+        return f"recompute P for {_queries(self.rows)} and {_keys(self.cols)}"
 
 
-def _text(where: slice) -> str:
+def _queries(rows: slice) -> str:
+    return _range("query", "queries", rows)
+
+
+def _keys(cols: slice) -> str:
+    return _range("key", "keys", cols)
+
+
+def _range(one: str, several: str, where: slice) -> str:
     first, last = where.start, where.stop - 1
-    return f"{first} to {last}" if first < last else f"{first}"
+    return f"{several} {first} to {last}" if first < last else f"{one} {first}"
 
 
 def _size(x: Tensor) -> str:

@@ -55,17 +55,17 @@ def naive_head(
 
     s = scale * load("Q", q, rows) @ load("K", k, cols).T               # (n_q, n_k)
     s = mask_future(s, rows, cols, reach(q, k, causal))
-    record(Scored(s))
     store("S", scores, (rows, cols), s)
+    record(Scored(s))
 
     s = load("S", scores, (rows, cols))
     p = torch.softmax(s, dim=1).masked_fill(s == -torch.inf, 0)         # no key at all: 0, not NaN
-    record(Normalized(p))
     store("P", weights, (rows, cols), p)
+    record(Normalized(p))
 
     o = load("P", weights, (rows, cols)) @ load("V", v, cols)           # (n_q, d_v)
-    record(Weighted(o))
     store("O", out, rows, o)
+    record(Weighted(o))
 
 
 def flash_attention(
@@ -124,9 +124,9 @@ def flash_head(
             state = absorb(state, scores, v_j)
             record(Absorbed(rows, cols, scores, state))
         result = finish(state)
-        record(Finished(rows, result))
         store("O", out, rows, result.out.to(out.dtype))
         store("L", lse, rows, result.lse)
+        record(Finished(rows, result))
 
 
 def absorb(state: SoftmaxState, scores: Tensor, values: Tensor) -> SoftmaxState:

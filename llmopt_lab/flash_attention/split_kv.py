@@ -12,6 +12,7 @@ from llmopt_lab.core.memory import load, store
 from llmopt_lab.core.trace import record
 from llmopt_lab.flash_attention.records import (
     Absorbed,
+    Finished,
     Merged,
     Partial,
     SoftmaxState,
@@ -98,11 +99,12 @@ def split_head(
             state = absorb(state, scores, v_j)
             record(Absorbed(slice(0, len(q)), cols, scores, state))
         part = finish(state)
-        record(SplitDone(split, slice(start, stop), part))
         store("O parts", parts, split, part.out)
         store("L parts", lses, split, part.lse)
+        record(SplitDone(split, slice(start, stop), part))
 
     whole = Partial(load("O parts", parts, 0), load("L parts", lses, 0))
     for split in range(1, n_splits):
         whole = merge(whole, Partial(load("O parts", parts, split), load("L parts", lses, split)))
     store("O", out, slice(0, len(q)), whole.out.to(out.dtype))
+    record(Finished(slice(0, len(q)), whole))
