@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from llmopt_lab.core.errors import BadInput, Missing
 from llmopt_lab.nn import weights
 from llmopt_lab.nn.config import ModelConfig
 from llmopt_lab.nn.generate import generate
+from llmopt_lab.nn.transformer import Transformer
 from llmopt_lab.nn.weights import load
 
 transformers = pytest.importorskip("transformers")
@@ -66,6 +68,15 @@ MADE = {
     "qwen3": ("Qwen3", {}),
     "qwen3_tied": ("Qwen3", dict(tie_word_embeddings=True)),
     "qwen3_bias": ("Qwen3", dict(attention_bias=True, head_dim=16)),
+    "mixtral": ("Mixtral", dict(num_local_experts=5, num_experts_per_tok=2)),
+    "mixtral_tied": (
+        "Mixtral",
+        dict(num_local_experts=3, num_experts_per_tok=1, tie_word_embeddings=True),
+    ),
+    "mixtral_window": (
+        "Mixtral",
+        dict(num_local_experts=4, num_experts_per_tok=4, sliding_window=48),
+    ),
 }
 
 
@@ -75,6 +86,8 @@ def make_hf(name: str):
     sizes = SIZES | change
     if family == "Qwen2":
         sizes.pop("head_dim")  # Qwen2 has no such field: hidden_size // heads
+    if family == "Mixtral":  # the fast ways want aligned sizes
+        sizes["experts_implementation"] = "eager"
     config = getattr(transformers, f"{family}Config")(**sizes)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval().requires_grad_(False)
     rng = torch.Generator().manual_seed(0)
@@ -105,7 +118,7 @@ def llama_folder(tmp_path):
 
 
 def in_full_precision(hf):
-    """transformers rounds to float32 inside RMSNorm whatever the dtype: give it a true one."""
+    """transformers' RMSNorm and router round to float32 whatever the dtype: give it true ones."""
 
     def norm(module):
         def forward(x):
@@ -114,9 +127,19 @@ def in_full_precision(hf):
 
         return forward
 
+    def router(module):
+        def forward(x):
+            logits = x @ module.weight.T
+            weights, experts = logits.softmax(-1).topk(module.top_k)
+            return logits, weights / weights.sum(-1, keepdim=True), experts
+
+        return forward
+
     for module in hf.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = norm(module)
+        elif type(module).__name__.endswith("TopKRouter"):
+            module.forward = router(module)
     return hf.double()
 
 
@@ -146,6 +169,58 @@ def test_in_float64_the_logits_are_the_same_to_ten_digits(name, tmp_path):
     want = in_full_precision(hf)(TOKENS).logits
     assert want.std() > 0.1
     assert_close(lm.model(TOKENS), want, "float64 logits")
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_we_save_transformers_and_we_load_again(name, tmp_path):
+    hf = make_hf(name)
+    ours = load(save(hf, tmp_path / "theirs"), device="cpu")
+    tokenizer = tmp_path / "theirs" / "tokenizer.json"
+    weights.save(ours.model, tmp_path / "ours", [tokenizer], dtype=torch.float32)
+
+    again = load(tmp_path / "ours", device="cpu")
+    assert again.config == ours.config
+    assert again.tokenizer.to_str() == ours.tokenizer.to_str()
+    for weight, value in again.model.state_dict().items():
+        assert torch.equal(value, ours.model.state_dict()[weight]), weight
+    eager = {"experts_implementation": "eager"} if "mixtral" in name else {}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", **eager)
+    assert theirs.dtype == torch.float32
+    assert_close(ours.model(TOKENS), theirs(TOKENS).logits, "float32 logits")
+    assert theirs.generation_config.eos_token_id == 2
+
+
+def test_weights_are_saved_in_bfloat16_unless_told_otherwise(llama_folder, tmp_path):
+    lm = load(llama_folder, device="cpu")
+    weights.save(lm.model, tmp_path / "m", [llama_folder / "tokenizer.json"])
+    hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype="auto")
+    assert hf.dtype == torch.bfloat16
+    assert torch.equal(hf.model.norm.weight, lm.model.norm.weight.bfloat16())
+    got = load(tmp_path / "m", device="cpu", dtype=torch.bfloat16).model
+    assert torch.equal(got.layers[2].mlp.up_proj.weight, hf.model.layers[2].mlp.up_proj.weight)
+
+
+def test_a_missing_tokenizer_file_is_named_and_nothing_is_written(llama_folder, tmp_path):
+    lm = load(llama_folder, device="cpu")
+    with pytest.raises(BadInput, match=r"gone\.json is missing"):
+        weights.save(lm.model, tmp_path / "m", [tmp_path / "gone.json"])
+    assert not (tmp_path / "m").exists()
+
+
+def test_switches_that_no_architecture_has_together_are_refused_by_save(tmp_path):
+    config = load(save(make_hf("mixtral"), tmp_path / "m"), device="cpu").config
+    odd = replace(config, qk_norm=True)
+    with pytest.raises(BadInput, match="no Hugging Face architecture"):
+        weights.save(Transformer(odd), tmp_path / "odd")
+
+
+def test_experts_may_stand_in_several_files(tmp_path):
+    hf = make_hf("mixtral")
+    whole = load(save(hf, tmp_path / "whole"), device="cpu")
+    parts = save(hf, tmp_path / "parts", max_shard_size="20KB")
+    assert len(list(parts.glob("model-*.safetensors"))) > 5
+    for name, weight in load(parts, device="cpu").model.state_dict().items():
+        assert torch.equal(weight, whole.model.state_dict()[name]), name
 
 
 def test_far_positions_equal_transformers(tmp_path):
@@ -314,6 +389,24 @@ def test_the_stored_frequencies_of_old_checkpoints_are_ignored(llama_folder):
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(5)}
     rewrite(llama_folder, lambda t: t.update(old))
     assert_close(load(llama_folder, device="cpu").model(TOKENS), make_hf("llama")(TOKENS).logits)
+
+
+EXPERT = "model.layers.1.block_sparse_moe.experts.{}.w2.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop(EXPERT.format(4)), r"layers\.1\.mlp\.down_proj \(4, 60, 37\), expected"),
+        (lambda t: t.pop(EXPERT.format(2)), r"numbered from 0.*\[0, 1, 3, 4\]"),
+        (lambda t: t.update({EXPERT.format(2): torch.ones(60, 36)}), "have one shape"),
+    ],
+)
+def test_an_expert_that_is_missing_or_odd_is_named(tmp_path, change, said):
+    folder = save(make_hf("mixtral"), tmp_path / "m")
+    rewrite(folder, change)
+    with pytest.raises(BadInput, match=said):
+        load(folder, device="cpu")
 
 
 def test_a_tied_head_that_is_stored_too_must_be_the_embedding(tmp_path):

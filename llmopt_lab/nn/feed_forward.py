@@ -80,12 +80,12 @@ class MixtureOfExperts(nn.Module):
 
     def _visited_experts(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         rows, out = x.flatten(0, -2), torch.zeros_like(x).flatten(0, -2)
-        weights, experts = weights.flatten(0, -2).to(x.dtype), experts.flatten(0, -2)
+        weights, experts = weights.flatten(0, -2), experts.flatten(0, -2)
         for e in experts.unique().tolist():
             tokens, place = (experts == e).nonzero(as_tuple=True)
             hidden = F.silu(rows[tokens] @ self.gate_proj[e].T) * (rows[tokens] @ self.up_proj[e].T)
             visit = weights[tokens, place, None] * (hidden @ self.down_proj[e].T)
-            out.index_add_(0, tokens, visit)
+            out.index_add_(0, tokens, visit.to(out.dtype))
         return out.view_as(x)
 
 
@@ -105,6 +105,6 @@ def balance_loss(probabilities: Tensor, experts: Tensor) -> Tensor:
 
 
 def expert_load(experts: Tensor, n_experts: int) -> Tensor:
-    """Each expert's share of all visits, (n_experts,) float32, summing to 1."""
+    """Each expert's share of all visits, (n_experts,) float64, summing to 1."""
     ids = torch.arange(n_experts, device=experts.device)
-    return (experts.flatten()[:, None] == ids).float().mean(0)
+    return (experts.flatten()[:, None] == ids).sum(0).double() / experts.numel()

@@ -250,6 +250,56 @@ def generate(
     return torch.tensor(text, device=device)
 
 
+class NextToken:
+    """What a model expects next, for a text that grows, shrinks or changes between calls.
+
+        next_token = NextToken(lm.model)
+        p = next_token(lm.encode("Gravity is"))  # (n_vocab,)
+
+    It keeps the keys and values of the last text, and a call computes only what comes after the
+    part that both texts begin with: one forward pass of 1 token for a text that is 1 token longer.
+
+    Args:
+        max_tokens: that a text may have; the KV cache for them is allocated at once.
+
+    Raises:
+        BadInput: more tokens than the model has positions; at a call, no tokens or too many.
+    """
+
+    def __init__(self, model: Transformer, *, max_tokens: int = 512):
+        require(
+            max_tokens <= model.config.max_positions,
+            f"the model knows {model.config.max_positions} positions; got max_tokens {max_tokens}",
+        )
+        self.model = model
+        self.cache = KVCache(
+            model.config, max_tokens=max_tokens, dtype=model.dtype, device=model.device
+        )
+        self._cached: list[int] = []
+
+    @torch.no_grad()
+    def __call__(self, tokens: Sequence[int] | Tensor) -> Tensor:
+        """Probabilities of the token after `tokens` (n,), (n_vocab,) float32 or wider."""
+        tokens = torch.as_tensor(tokens).tolist()
+        require(len(tokens) > 0, "there is no token to go on from; give one at least")
+        require(
+            len(tokens) <= self.cache.max_tokens,
+            f"the text has {len(tokens):,} tokens, and there is room for "
+            f"{self.cache.max_tokens:,}: make it shorter",
+        )
+        pairs = zip(self._cached, tokens, strict=False)
+        n_kept = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+        n_kept = min(len(self._cached), len(tokens)) if n_kept is None else n_kept
+        n_kept = min(n_kept, len(tokens) - 1)  # the last one is read again for its logits
+        self.cache.truncate(n_kept)
+        self._cached = tokens[:n_kept]
+        new = torch.tensor([tokens[n_kept:]], device=self.model.device)
+        positions = self.cache.next_positions(len(tokens) - n_kept)
+        logits = self.model(new, positions, attend=self.cache, last_only=True)[0, -1]
+        self._cached = tokens
+        return to_probabilities(logits)
+
+
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     require(
         0 <= temperature < float("inf"),

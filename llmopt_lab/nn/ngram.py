@@ -1,7 +1,7 @@
 """An n-gram language model with interpolated, modified Kneser-Ney smoothing.
 
 The strongest model of the time before neural networks, as a yardstick for the lab models.
-Source: Chen and Goodman 1999, section 3 (equation 2 and the discounts D1, D2, D3+).
+Source: Chen and Goodman 1999, section 3.
 """
 
 import numpy as np
@@ -72,16 +72,7 @@ class Level:
 
     def __init__(self, grams: np.ndarray, counts: np.ndarray, bits: int):
         self.grams, self.counts, self.bits = grams, counts, np.uint64(bits)
-        singles, pairs, triples, quads = ((counts == c).sum() for c in (1, 2, 3, 4))
-        y = singles / max(1, singles + 2 * pairs)
-        # D1, D2, D3+; where a text is too small to estimate them, Y itself serves
-        self.discounts = np.array(
-            [0.0]
-            + [
-                np.clip(c - (c + 1) * y * more / few, 0, c) if few and more else min(y, c)
-                for c, few, more in ((1, singles, pairs), (2, pairs, triples), (3, triples, quads))
-            ]
-        )
+        self.discounts = discounts_of(counts)
         discount = self.discounts[np.minimum(counts, 3)]
         self.contexts, first = np.unique(grams >> self.bits, return_index=True)
         self.totals = np.add.reduceat(counts, first).astype(np.float64)
@@ -94,6 +85,19 @@ class Level:
         count = np.where(seen, self.counts[place], 0)
         own = np.maximum(count - self.discounts[np.minimum(count, 3)], 0) / self.totals[where]
         return np.where(known, own + self.left[where] * lower, lower)
+
+
+def discounts_of(counts: np.ndarray) -> np.ndarray:
+    """What is taken off a count of 0, 1, 2, and 3 or more: Chen and Goodman's equation 26.
+
+    Where a text has no n-gram of some count from 1 to 4, as it is with single tokens of a large
+    text, 0.5, 1 and 1.5 stand in, as in KenLM (Heafield et al. 2013).
+    """
+    n = [(counts == c).sum() for c in range(5)]
+    if not all(n[1:]):
+        return np.array([0.0, 0.5, 1.0, 1.5])
+    y = n[1] / (n[1] + 2 * n[2])
+    return np.array([0.0] + [max(0.0, c - (c + 1) * y * n[c + 1] / n[c]) for c in (1, 2, 3)])
 
 
 def find(ordered: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -50,7 +50,7 @@ class Recipe:
     warmup: float = 0.01  # share of the steps in which the rate rises from 0
     decay: float = 0.6  # share of the steps, the last, in which it falls to 0
     clip: float = 1.0  # of the gradient's norm
-    balance: float = 0.01  # weight of the experts' balance loss
+    balance: float = 0.1  # weight of the experts' balance loss
     seed: int = 0
     reports: int = 40  # points of the curve, each with a validation and a checkpoint
     held_out_every: int = 1  # measure on every so many-th held-out document
