@@ -16,6 +16,7 @@ from torch import Tensor
 from llmopt_lab.core.device import gpu_facts, interpreting, pick_device, prepare_triton
 from llmopt_lab.core.errors import require
 from llmopt_lab.core.memory import ceil_div
+from llmopt_lab.flash_attention import hopper
 
 prepare_triton()
 
@@ -481,11 +482,20 @@ _flash_attention.register_autograd(_gradients, setup_context=_save)
 
 
 def _forward(q, k, v, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """out and lse."""
+    """out and lse, by the Hopper kernel where it can run."""
+    out = _empty_like(q)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if hopper.supports(q, k, v, out):
+        hopper.forward(q, k, v, out, lse, causal=causal, scale=scale)
+    else:
+        forward_into(out, lse, q, k, v, causal=causal, scale=scale)
+    return out, lse
+
+
+def forward_into(out, lse, q, k, v, *, causal: bool, scale: float) -> None:
+    """The Triton kernel on any GPU, into given tensors; arguments as `flash_attention_triton`."""
     batch, n_heads, n_q, d_head = q.shape
     n_kv_heads, n_k = k.shape[1:3]
-    out = _empty_like(q)
-    lse = q.new_empty(batch, n_heads, n_q, dtype=torch.float32)
     d, precision = _padded(d_head), _precision(q.dtype)
     sizes = {"CAUSAL": causal, "D_HEAD": d_head, "D": d, "PRECISION": precision}
     tiles = choose_tiles("forward", d_head, q.dtype)
@@ -493,7 +503,6 @@ def _forward(q, k, v, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
         q, k, v, out, lse, *_strides(q, k, v, out),
         n_heads, n_heads // n_kv_heads, n_q, n_k, scale, **sizes, **_options(tiles, k, v),
     )  # fmt: skip
-    return out, lse
 
 
 def _backward(q, k, v, out, lse, d_out, d_lse, causal: bool, scale: float):
