@@ -391,11 +391,12 @@ def test_turning_the_loops_around_moves_less():
 
 def test_tiles_that_are_skipped_are_neither_read_nor_scored():
     sizes, q, k, v = case(1)
-    with recording(Absorbed, Skipped) as trace:
-        flash_attention(q, k, v, causal=True, tile_q=5, tile_k=4)
     n_computed, n_skipped = tile_counts(sizes, tile_q=5, tile_k=4)
-    assert len(trace.of(Absorbed)) == sizes.n_maps * n_computed
-    assert len(trace.of(Skipped)) == sizes.n_maps * n_skipped
+    for attend in (flash_attention, key_outer_attention):
+        with recording(Absorbed, Skipped) as trace:
+            attend(q, k, v, causal=True, tile_q=5, tile_k=4)
+        assert len(trace.of(Absorbed)) == sizes.n_maps * n_computed
+        assert len(trace.of(Skipped)) == sizes.n_maps * n_skipped
     assert n_computed + n_skipped == ceil_div(37, 5) * ceil_div(50, 4)
     poisoned_k, poisoned_v = k.clone(), v.clone()
     poisoned_k[..., 24:, :] = poisoned_v[..., 24:, :] = torch.nan

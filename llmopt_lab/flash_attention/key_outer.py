@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmopt_lab.core.memory import load, store, tiles
 from llmopt_lab.core.trace import record
-from llmopt_lab.flash_attention.records import Absorbed, SoftmaxState
+from llmopt_lab.flash_attention.records import Absorbed, Skipped, SoftmaxState
 from llmopt_lab.flash_attention.reference import (
     absorb,
     check_input,
@@ -62,6 +62,7 @@ def key_outer_head(
         v_j = load("V", v, cols).to(wide)                               # (tile_k, d_v)
         for rows in tiles(len(q), tile_q):
             if in_future(rows, cols, last):
+                record(Skipped(rows, cols))
                 continue
             q_i = load("Q", q, rows).to(wide)                           # (tile_q, d)
             o_i = load("O", out, rows).to(wide)                         # (tile_q, d_v)

@@ -62,6 +62,10 @@ class _Memory:
         elif what.name != "O":
             self.extra[what.name, str(what.where)] = what.nbytes
 
+    def of_tiles(self, names: str) -> int:
+        """Bytes of the latest tile of each of these; 0 for what the run did not load."""
+        return sum(self.loaded.get(name, 0) for name in names)
+
     def meters(self, moved_before: int, naive_nbytes: int | None) -> tuple[Meter, Meter]:
         tone = "new" if self.moved > moved_before else "active"
         return (
@@ -118,10 +122,9 @@ class _Tiles:
         state, top, left = what.state, what.rows.start, what.cols.start
         before = self.m.get(top, state.m.new_full(state.m.shape, -math.inf))
         self.m[top] = state.m
-        # without a key yet there is no sum to rescale
-        shrinks = [
-            math.exp(old - new) if old > -math.inf else None
-            for old, new in zip(before.tolist(), state.m.tolist(), strict=True)
+        shrinks = [  # without a key yet there is no sum to rescale
+            None if old == -math.inf else shrink
+            for old, shrink in zip(before.tolist(), (before - state.m).exp().tolist(), strict=True)
         ]
         n_moved = sum(x is not None and x < 1 for x in shrinks)
         self.rescaled = f"; {n_moved} of {len(shrinks)} queries rescale" if n_moved else ""
@@ -190,7 +193,7 @@ class _Tiles:
         name = f"query {self.rows[i].start}"
         names = self._columns()
         return tuple(
-            Cell(w, tone, f"{name}: {n} {w or 'nothing to rescale'}")
+            Cell(w, tone, f"{name}: {n} {w}" if w else "")
             for n, w in zip(names, words, strict=True)
         )
 
@@ -234,9 +237,8 @@ def frames(
         if not isinstance(step.what, TILED):
             continue
         grid.fold(step.what)
-        on_chip = grid.state_nbytes and grid.state_nbytes + memory.loaded["Q"]
-        if grid.tile_nbytes:
-            on_chip += grid.tile_nbytes + memory.loaded["K"] + memory.loaded["V"]
+        held = "QKV" if grid.tile_nbytes else "Q" if grid.state_nbytes else ""
+        on_chip = grid.tile_nbytes + grid.state_nbytes + memory.of_tiles(held)
         meters = memory.meters(n_before, naive_nbytes)
         chip = Meter("on chip", on_chip, "bytes", budget, "new" if on_chip else "active")
         caption = f"{step.what}{grid.rescaled}. {memory.moved:,} bytes moved so far."
