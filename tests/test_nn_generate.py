@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.errors import BadInput
 from llmopt_lab.nn.config import ModelConfig
-from llmopt_lab.nn.generate import KVCache, generate, sample, to_probabilities
+from llmopt_lab.nn.generate import KVCache, NextToken, generate, sample, to_probabilities
 from llmopt_lab.nn.transformer import Transformer
 
 CONFIG = ModelConfig(
@@ -302,3 +302,63 @@ def test_a_nucleus_is_a_smallest_set_of_the_most_probable(n_vocab, seed, tempera
 def test_logits_that_are_none_are_refused(logits, said):
     with pytest.raises(BadInput, match=said):
         sample(logits)
+
+
+class CountingModel:
+    """Hands everything to a model and keeps how many tokens each forward pass had."""
+
+    def __init__(self, model: Transformer):
+        self.config, self.dtype, self.device = model.config, model.dtype, model.device
+        self.model, self.passes = model, []
+
+    def __call__(self, tokens, *args, **kwargs):
+        self.passes.append(tokens.shape[1])
+        return self.model(tokens, *args, **kwargs)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 12), st.lists(st.integers(0, 3), min_size=1, max_size=5)),
+        min_size=1,
+        max_size=8,
+    )
+)
+@settings(max_examples=30, deadline=None)
+def test_next_token_equals_the_full_forward_pass_however_the_text_changes(edits):
+    model, text = build(), []
+    next_token = NextToken(model, max_tokens=CONFIG.max_positions)
+    for keep, new in edits:
+        text = text[:keep] + new
+        assert_close(next_token(text), model(torch.tensor([text]))[0, -1].softmax(-1))
+
+
+def test_next_token_computes_only_what_the_texts_do_not_share():
+    counting = CountingModel(build())
+    next_token = NextToken(counting, max_tokens=20)
+    for text in ([5, 6, 7], [5, 6, 7, 8], [5, 6, 7, 8], [5, 6], [5, 6, 9, 8, 7], [1, 6, 9, 8, 7]):
+        next_token(text)
+    assert counting.passes == [3, 1, 1, 1, 3, 5]
+
+
+def test_next_token_takes_a_tensor_and_leads_generate_where_it_goes_greedily():
+    model, prompt = build(), tokens_of(5)[0]
+    next_token, text = NextToken(model, max_tokens=25), prompt
+    for _ in range(20):
+        text = torch.cat([text, next_token(text).argmax(-1, keepdim=True)])
+    assert torch.equal(text, generate(model, prompt, 20))
+
+
+def test_next_token_refuses_and_goes_on_as_if_nothing_had_been_asked():
+    model = build()
+    next_token = NextToken(model, max_tokens=4)
+    want = next_token([1, 2, 3])
+    for tokens, says in (
+        ([], "no token to go on from"),
+        ([1] * 5, "the text has 5 tokens, and there is room for 4"),
+        ([1, 2, 41], r"must lie in \[0, 41\)"),
+    ):
+        with pytest.raises(BadInput, match=says):
+            next_token(tokens)
+    assert_close(next_token([1, 2, 3]), want)
+    with pytest.raises(BadInput, match="knows 64 positions; got max_tokens 65"):
+        NextToken(model, max_tokens=65)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmopt_lab.core.errors import BadInput
-from llmopt_lab.widgets.draw import describe, draw_frame, draw_series, number
+from llmopt_lab.widgets.draw import describe, draw_frame, draw_series, number, visible
 from llmopt_lab.widgets.looks import LOOKS, PAGE
 from llmopt_lab.widgets.panels import (
     TONES,
@@ -68,6 +68,20 @@ def test_a_grid_shows_every_cell_and_label():
 def test_a_token_shows_its_leading_space_and_its_newline():
     text = drawn_text(draw_frame(Frame("c", (PANELS["Tokens"],))))
     assert "·cat" in text and "↵" in text
+
+
+def test_each_outer_space_of_a_token_shows_and_inner_ones_stay():
+    shown = {visible(text) for text in ("    ", "  a b ", "\t", "\r\n", "")}
+    assert shown == {"····", "··a b·", "⇥", "↵", "∅"}
+
+
+def test_a_token_with_a_line_end_is_the_last_of_its_line():
+    texts = ("a", "\n", "    ", "b", "\n  ", "c")
+    svg = draw_frame(Frame("c", (Tokens("text", tuple(Token(text) for text in texts)),)))
+    boxes = [e for e in ET.fromstring(svg).iter(f"{SVG}rect")][1:]  # the first is the card
+    y = [float(box.get("y")) for box in boxes]
+    assert y[0] == y[1] < y[2] == y[3] == y[4] < y[5]
+    assert boxes[0].get("x") == boxes[2].get("x") == boxes[5].get("x")
 
 
 def test_a_meter_says_how_its_value_stands_to_the_other_one():

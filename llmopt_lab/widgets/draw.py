@@ -33,6 +33,7 @@ CARD_PAD = 18
 GAP = 24
 ARROW_GAP = 64  # between grids that arrows connect
 TITLE_HEIGHT = 26
+BAR_PITCH = 30  # from one bar to the next
 MONO_EM, SANS_EM = 0.61, 0.6  # width of one character in ems, generous for the fonts asked for
 
 
@@ -114,6 +115,12 @@ def number(value: float | int) -> str:
     if 100 <= abs(value) < 1e15:
         return f"{value:,.0f}"
     return f"{value:.3g}"
+
+
+def visible(text: str) -> str:
+    """A token's text with its line ends, tabs and outer spaces as signs; nothing at all as ∅."""
+    text = text.replace("\r", "").replace("\n", "↵").replace("\t", "⇥")
+    return re.sub("^ +| +$", lambda spaces: "·" * len(spaces[0]), text) or "∅"
 
 
 def _check(frame: Frame) -> None:
@@ -324,7 +331,7 @@ def _fill(room: Room, slot: list) -> None:
         case Meter():
             room.height = TITLE_HEIGHT + 60
         case Bars():
-            room.height = TITLE_HEIGHT + 30 * max(len(p.bars) for p in slot)
+            room.height = TITLE_HEIGHT + BAR_PITCH * max(len(p.bars) for p in slot)
         case Lanes():
             room.height = TITLE_HEIGHT + 36 * max(len(p.lanes) for p in slot) + 24
         case Tokens():
@@ -438,9 +445,9 @@ def _bars(bars: Bars, room: Room) -> Iterator[str]:
     yield _text(bars.title, 0, 14, room.width, "lm-t")
     value_width = 96
     scale = (room.width - room.label - value_width) / room.span[1]
-    base = f"M{_n(room.label)} {TITLE_HEIGHT - 4}v{30 * len(bars.bars) + 2}"
+    base = f"M{_n(room.label)} {TITLE_HEIGHT - 4}v{BAR_PITCH * len(bars.bars) + 2}"
     for i, bar in enumerate(bars.bars):
-        y = TITLE_HEIGHT + 30 * i
+        y = TITLE_HEIGHT + BAR_PITCH * i
         length = min(bar.value, room.span[1]) * scale
         value = f"{number(bar.value)} {bars.unit}".strip()
         yield (
@@ -537,15 +544,16 @@ def _lines(tokens: Tokens, width: Px) -> list[list[tuple]]:
     lines: list[list[tuple]] = [[]]
     x = 0.0
     for token in tokens.tokens:
-        text = token.text.replace("\r", "").replace("\n", "↵").replace("\t", "⇥")
-        text = re.sub("^ | $", "·", text) or "∅"
-        shown = _clip(text, 200, MONO_EM)
+        shown = _clip(visible(token.text), 200, MONO_EM)
         wide = _wide(shown, MONO_EM) + 14 + 16 * bool(LOOKS[token.tone].mark)
         if x + wide > width and lines[-1]:
             lines.append([])
             x = 0.0
         lines[-1].append((token, shown, x, wide))
         x += wide + 4
+        if "\n" in token.text:
+            lines.append([])
+            x = 0.0
     return lines
 
 
