@@ -56,8 +56,11 @@ def _compile(spec: dict) -> dict:
         if signature[arg].startswith("*") or arg in spec.get("aligned", ())
     }
     backend, architecture, lanes, _ = TARGETS[spec["target"]]
+    source = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as source  # noqa: N813
     compiled = triton.compile(
-        ASTSource(kernel, signature, constexprs, attrs),
+        source(kernel, signature, constexprs, attrs),
         target=GPUTarget(backend, architecture, lanes),
         options=spec.get("options", {}),
     )
