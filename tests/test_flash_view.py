@@ -189,6 +189,8 @@ def test_the_first_papers_loops_fill_the_grid_column_by_column():
     assert [s[4][0] for s in seen] == [False, True, True, True]
     assert [s[0][4] for s in seen] == [False, False, True, True]
     assert "rescale" in run[2].caption
+    # the state of the other queries waits in HBM
+    assert [row[0] for row in tones(grids(run[1])[1])] == ["good"] * 4 + ["new"] * 4
 
 
 def test_split_kv_shows_its_parts_and_merges_them():
@@ -202,6 +204,8 @@ def test_split_kv_shows_its_parts_and_merges_them():
     for row, part in zip(grid.rows, parts, strict=True):
         got = torch.tensor([float(cell.text) for cell in row])
         assert torch.allclose(got, part.result.lse, atol=0.005)
+    first_of_a_part = [frame for frame in of(run, trace, Absorbed) if "keys 2" in frame.caption]
+    assert words(grids(first_of_a_part[0])[1])[0][1] == ""  # no older sum to rescale
     state = [tones(grids(frame)[2])[2][0] for frame in run]
     assert state == ["idle"] * (len(run) - 4) + ["good", "good", "shared", "shared"]
     assert meters(run[-1])["HBM traffic"].value == trace.total("nbytes", Load, Store)
