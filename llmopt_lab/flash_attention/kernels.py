@@ -7,6 +7,7 @@ dV), one owns a tile of queries and walks the keys (dQ). Every sum has one owner
 there are no atomics and two runs give the same bits.
 """
 
+import inspect
 import math
 from typing import NamedTuple
 
@@ -29,7 +30,12 @@ MAX_D = 256
 MAX_ROW_STRIDE = 1 << 24                    # elements
 
 
-@triton.jit
+def jit(fn):
+    """triton.jit of the function itself, which a test's type checker may have wrapped."""
+    return triton.jit(inspect.unwrap(fn))
+
+
+@jit
 def _owned(n_tiles, n_heads):
     """(tile, head, batch) of this program: the tiles of one head start one after the other."""
     pid = tl.program_id(0)
@@ -37,7 +43,7 @@ def _owned(n_tiles, n_heads):
     return pid % n_tiles, rest % n_heads, (rest // n_heads).to(tl.int64)
 
 
-@triton.jit
+@jit
 def _row_end(row, n_q, n_k, CAUSAL: tl.constexpr):
     """Row r sees the keys [0, end): all, or those up to its own place, aligned at the end."""
     end = tl.zeros_like(row) + n_k
@@ -46,7 +52,7 @@ def _row_end(row, n_q, n_k, CAUSAL: tl.constexpr):
     return end
 
 
-@triton.jit
+@jit
 def _key_range(first_q, n_q, n_k, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, CAUSAL: tl.constexpr):
     """All rows of a query tile see the keys [0, full), whole tiles; none sees a key from `end`."""
     full, end = n_k // TILE_K * TILE_K, n_k
@@ -56,7 +62,7 @@ def _key_range(first_q, n_q, n_k, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, CA
     return full, end
 
 
-@triton.jit
+@jit
 def _rows_of(
     x_ptr, n_heads, n_rows, x_head, x_row,
     ROWS: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
@@ -71,7 +77,7 @@ def _rows_of(
     return rows
 
 
-@triton.jit
+@jit
 def _load_rows(
     rows, head, first, n_rows, x_head, x_row,
     ROWS: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
@@ -97,7 +103,7 @@ def _load_rows(
     return x
 
 
-@triton.jit
+@jit
 def _store_rows(
     x_ptr, x, head, first, n_rows, x_head, x_row,
     ROWS: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
@@ -110,7 +116,7 @@ def _store_rows(
     tl.store(at, x.to(x_ptr.dtype.element_ty), ok)
 
 
-@triton.jit
+@jit
 def _absorb(
     m, total, acc,                  # (TILE_Q,), (TILE_Q,), (TILE_Q, D): the softmax so far
     q, row_end,                     # (TILE_Q, D), (TILE_Q,)
@@ -147,7 +153,7 @@ def _absorb(
     return m, total, acc
 
 
-@triton.jit
+@jit
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr,            # (batch, n_heads, n_q, D_HEAD), (batch, n_kv_heads, n_k, ..)
     out_ptr, lse_ptr,               # like q; (batch, n_heads, n_q) float32
@@ -200,7 +206,7 @@ def _forward_kernel(
     tl.store(lse_ptr + (batch * n_heads + head) * n_q + row, lse, row < n_q)
 
 
-@triton.jit
+@jit
 def _backward_delta_kernel(
     out_ptr, d_out_ptr,             # (batch, n_heads, n_q, D_HEAD)
     d_lse_ptr, delta_ptr,           # (batch, n_heads, n_q) float32, contiguous
@@ -226,7 +232,7 @@ def _backward_delta_kernel(
     tl.store(delta_ptr + at, delta, row < n_q)
 
 
-@triton.jit
+@jit
 def _absorb_queries(
     d_k, d_v, k, v,                 # (TILE_K, D) each: this program's keys
     q_rows, d_out_rows, lse_at, delta_at,                               # of all heads
@@ -272,7 +278,7 @@ def _absorb_queries(
     return d_k, d_v
 
 
-@triton.jit
+@jit
 def _backward_keys_kernel(
     q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr,
     d_k_ptr, d_v_ptr,               # like k and v
@@ -326,7 +332,7 @@ def _backward_keys_kernel(
     _store_rows(d_v_at, d_v, kv_head, first_k, n_k, d_v_head, d_v_row, TILE_K, D_HEAD, D)
 
 
-@triton.jit
+@jit
 def _absorb_keys(
     d_q, q, d_out,                  # (TILE_Q, D) each: this program's queries
     lse, delta, row_end,            # (TILE_Q,) each
@@ -354,7 +360,7 @@ def _absorb_keys(
     return d_q
 
 
-@triton.jit
+@jit
 def _backward_queries_kernel(
     q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr,
     d_q_ptr,                        # like q
@@ -451,7 +457,6 @@ def _flash_attention(
 
 @_flash_attention.register_fake
 def _(q, k, v, causal, scale):
-    _check(q, k, v, scale)
     return _empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
