@@ -18,6 +18,7 @@ from llmopt_lab.core.errors import BadInput
 from llmopt_lab.nn import corpus
 from llmopt_lab.nn.corpus import Document, Package
 from llmopt_lab.nn.ngram import NGram
+from llmopt_lab.nn.weights import EMBEDDED
 
 # --- licences
 
@@ -238,6 +239,19 @@ def test_the_slice_that_ships_is_held_out_text_with_its_licence(built):
     assert not trained_on & {d["name"] for d in part["documents"]}
     for document in part["documents"]:
         assert "PYTHON SOFTWARE FOUNDATION" in part["licences"][document["package"]]["text"]
+
+
+def test_the_shipped_slice_is_small_and_names_its_sources():
+    file = EMBEDDED / "heldout.json"
+    part = json.loads(file.read_text(encoding="utf-8"))
+    assert file.stat().st_size < 300_000
+    packages = {document["package"] for document in part["documents"]}
+    assert {"stdlib", "jinja2", "rich"} == packages == part["licences"].keys()
+    for document in part["documents"]:
+        assert Document(document["name"], "").held_out
+        ast.parse(document["text"])
+    for licence in part["licences"].values():
+        assert licence["spdx"] and "opyright" in licence["text"]
 
 
 def test_the_baselines_are_what_the_programs_and_the_model_give(built):

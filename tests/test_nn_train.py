@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.errors import BadInput
-from llmopt_lab.nn import corpus, train
+from llmopt_lab.nn import corpus, model_card, train
 from llmopt_lab.nn.config import ModelConfig
 from llmopt_lab.nn.train import RECIPES, Batches, HeldOut, Muon, bits_per_byte, toy
 from llmopt_lab.nn.transformer import Transformer
@@ -275,10 +275,11 @@ def finished(small_corpus, tmp_path_factory) -> Path:
 
 def test_training_learns_and_tells(finished):
     result = json.loads((finished / "training.json").read_text())
-    trained = torch.load(finished / "trained.pt", weights_only=False)
+    trained = torch.load(finished / "trained.pt")
     assert result == json.loads(json.dumps(trained["result"]))
-    losses = [point["loss"] for point in result["curve"]]
-    assert len(losses) == 6 and losses[0] > 5.5 and losses[-1] < losses[0] - 0.5
+    bits = [point["heldout_bits_per_byte"] for point in result["curve"]]
+    assert len(bits) == 6 and bits == sorted(bits, reverse=True)
+    assert result["curve"][0]["loss"] - result["curve"][-1]["loss"] > 0.4
     assert result["tokens"] == 24 * 3 * 32 == result["curve"][-1]["tokens"]
     assert len(result["expert_load_max_over_mean"]) == 2
     assert result["environment"]["torch"] == torch.__version__
@@ -303,14 +304,14 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished, small_corpus,
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=False)
+    saved = torch.load(tmp_path / "checkpoint.pt")
     assert 0 < saved["step"] < TOY.steps and not (tmp_path / "trained.pt").exists()
 
     result = run(TOY, small_corpus, tmp_path)
-    whole = torch.load(finished / "trained.pt", weights_only=False)
+    whole = torch.load(finished / "trained.pt")
     assert without_times(result["curve"]) == without_times(whole["result"]["curve"])
     assert result["heldout_bits_per_byte"] == whole["result"]["heldout_bits_per_byte"]
-    weights = torch.load(tmp_path / "trained.pt", weights_only=False)["weights"]
+    weights = torch.load(tmp_path / "trained.pt")["weights"]
     assert all(torch.equal(weights[name], whole["weights"][name]) for name in weights)
 
 
@@ -338,9 +339,9 @@ def test_the_card_tells_what_was_measured_and_the_folder_loads(finished, small_c
     from llmopt_lab.nn import load
 
     transformers = pytest.importorskip("transformers")
-    train.write_card("lab-moe", small_corpus, finished, tmp_path)
+    model_card.write_card("lab-moe", small_corpus, finished, tmp_path)
     lm = load(tmp_path, device="cpu")
-    weights = torch.load(finished / "trained.pt", weights_only=False)["weights"]
+    weights = torch.load(finished / "trained.pt")["weights"]
     assert all(torch.equal(lm.model.state_dict()[n], w.float()) for n, w in weights.items())
     hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     tokens = lm.encode("import os\n")

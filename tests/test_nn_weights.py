@@ -263,6 +263,17 @@ def test_bfloat16_files_load_into_float32(tmp_path):
     assert torch.equal(lm.model.norm.weight, hf.model.norm.weight.float())
 
 
+def test_loading_a_folder_imports_nothing_that_takes_longer_than_the_model(llama_folder):
+    script = (
+        "import sys; from llmopt_lab.nn import load; load(sys.argv[1], device='cpu');"
+        "print({'sympy', 'gguf', 'transformers', 'huggingface_hub'} & {*sys.modules})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(llama_folder)], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "set()", done.stderr
+
+
 def test_attend_and_feed_forward_reach_the_model(llama_folder):
     from llmopt_lab.nn.transformer import SwiGLU
 

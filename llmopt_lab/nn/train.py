@@ -1,4 +1,4 @@
-"""How the lab models were made: data, optimiser, schedule, loop, evaluation and model card.
+"""How the lab models were made: data, optimiser, schedule, loop and evaluation.
 
     python -m llmopt_lab.nn.train corpus            # once: text, tokenizer, tokens, baselines
     python -m llmopt_lab.nn.train lab-target        # the weights; at most 10 minutes on an H100
@@ -30,7 +30,6 @@ from llmopt_lab.core.errors import require
 from llmopt_lab.nn.config import ModelConfig
 from llmopt_lab.nn.corpus import read_tokens
 from llmopt_lab.nn.feed_forward import MixtureOfExperts, expert_load
-from llmopt_lab.nn.generate import generate
 from llmopt_lab.nn.transformer import Transformer, causal_attention, rope_tables
 
 SEPARATOR = 0  # the token before each document
@@ -45,7 +44,7 @@ class Recipe:
     batch: int = 128  # sequences a step
     context: int = 1024  # tokens a sequence
     matrix_lr: float = 0.02  # Muon's
-    other_lr: float = 3e-3  # AdamW's: embeddings, norms, routers
+    other_lr: float = 5e-3  # AdamW's: embeddings, norms, routers
     weight_decay: float = 0.1  # of the matrices
     warmup: float = 0.01  # share of the steps in which the rate rises from 0
     decay: float = 0.6  # share of the steps, the last, in which it falls to 0
@@ -317,9 +316,9 @@ def train(recipe: Recipe, corpus: Path, out: Path, say=print) -> dict:
     step, curve, seconds = 0, [], 0.0
     checkpoint = out / "checkpoint.pt"
     if checkpoint.is_file():
-        saved = torch.load(checkpoint, map_location=device, weights_only=False)
+        saved = torch.load(checkpoint, map_location=device)
         require(
-            saved["recipe"] == recipe,
+            saved["recipe"] == asdict(recipe),
             f"{checkpoint} is of another recipe; delete it, or name another folder by --out",
         )
         model.load_state_dict(saved["model"])
@@ -369,7 +368,7 @@ def train(recipe: Recipe, corpus: Path, out: Path, say=print) -> dict:
                 f"byte, {rate / 1e3:,.0f} k tokens/s"
             )
             state = {
-                "recipe": recipe,
+                "recipe": asdict(recipe),
                 "model": model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                 "step": step,
@@ -396,8 +395,7 @@ def train(recipe: Recipe, corpus: Path, out: Path, say=print) -> dict:
         "curve": curve,
     }
     weights = {name: weight.cpu() for name, weight in weights.items()}
-    trained = {"config": recipe.config, "weights": weights, "result": result}
-    write_atomically(out / "trained.pt", trained)
+    write_atomically(out / "trained.pt", {"weights": weights, "result": result})
     (out / "training.json").write_text(json.dumps(result, indent=1) + "\n")
     say(f"{result['heldout_bits_per_byte']:.4f} bits a byte of held-out text; wrote {out}")
     return result
@@ -411,173 +409,6 @@ def write_atomically(file: Path, content: dict) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(part, file)
-
-
-# The model card
-
-PROMPTS = (
-    "def fibonacci(n):\n",
-    "import os\nimport sys\n\ndef main():\n",
-    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
-    "def read_json(path):\n    with open(path) as f:\n",
-    "for i in range(10):\n",
-    "import numpy as np\n\nx = np.",
-    "def test_addition():\n    assert ",
-    "try:\n    value = int(text)\nexcept",
-    'def is_prime(n):\n    """Return True if n is a prime number."""\n',
-    "if __name__ == ",
-)
-
-
-def decode_speed(model: Transformer, threads: int, n_new: int = 128) -> float:
-    """Tokens a second of greedy decoding at batch 1 with a KV cache: the best of three runs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        prompt = torch.arange(1, 65)
-        generate(model, prompt, 8)
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            generate(model, prompt, n_new)
-            times.append(time.perf_counter() - start)
-    finally:
-        torch.set_num_threads(before)
-    return n_new / min(times)
-
-
-def cpu_name() -> str:
-    """The processor as the system names it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def write_card(name: str, corpus: Path, run: Path, folder: Path) -> None:
-    """The Hugging Face folder of a trained model: weights, tokenizer, training.json, README.md."""
-    from llmopt_lab.nn.weights import load, save
-
-    trained = torch.load(run / "trained.pt", weights_only=False)
-    model = Transformer(trained["config"])
-    model.load_state_dict(trained["weights"])
-    tokenizer = [
-        corpus / file
-        for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-    ]
-    save(model, folder, tokenizer)
-    lm = load(folder, device="cpu")
-    result = trained["result"]
-    result["cpu"] = {
-        "name": cpu_name(),
-        "threads": 1,
-        "tokens_per_second": round(decode_speed(lm.model, threads=1), 1),
-    }
-    result["completions"] = []
-    for prompt in PROMPTS:
-        tokens = lm.encode(prompt)
-        text = lm.decode(generate(lm.model, tokens, 64, eos=lm.eos)[len(tokens) :])
-        result["completions"].append({"prompt": prompt, "completion": text})
-    (folder / "training.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    sizes = json.loads((corpus / "corpus.json").read_text())
-    manifest = json.loads((corpus / "manifest.json").read_text())
-    (folder / "README.md").write_text(card(name, result, sizes, manifest), encoding="utf-8")
-
-
-def card(name: str, result: dict, sizes: dict, manifest: dict) -> str:
-    """The model card, Markdown with Hugging Face's header."""
-    recipe, environment, cpu = result["recipe"], result["environment"], result["cpu"]
-    shape = recipe["config"]
-    config = ModelConfig(**shape | {"eos": tuple(shape["eos"])})
-    experts = ""
-    if config.n_experts:
-        loads = ", ".join(f"{load:.2f}" for load in result["expert_load_max_over_mean"])
-        experts = (
-            f"Each layer has {config.n_experts} experts, a token visits {config.top_k}: "
-            f"{result['active_parameters']:,} parameters are active. On held-out text the busiest "
-            f"expert of each layer gets {loads} times the mean load.\n\n"
-        )
-    rows = {"this model": result["heldout_bits_per_byte"]} | sizes["bits_per_byte"]
-    scores = "".join(f"| {what} | {bits:.3f} |\n" for what, bits in rows.items())
-    curve = result["curve"]
-    points = curve[:: max(1, len(curve) // 10)]
-    points += [] if points[-1] is curve[-1] else [curve[-1]]
-    progress = "".join(
-        f"| {p['step']:,} | {p['tokens'] / 1e6:,.0f} | {p['loss']:.3f} | "
-        f"{p['heldout_bits_per_byte']:.3f} |\n"
-        for p in points
-    )
-    completions = "".join(
-        f"```python\n{c['prompt']}⟫{c['completion']}\n```\n\n" for c in result["completions"]
-    )
-    packages = ", ".join(
-        f"{p['name']} {p['version']} ({p['licence']})" for p in manifest["packages"] if p["bytes"]
-    )
-    refused = "; ".join(f"{r['name']} ({r['why']})" for r in manifest["refused"])
-    return f"""---
-license: apache-2.0
-language: [code]
-tags: [python, llama]
----
-
-# {name}
-
-A small language model of Python source, made to be taken apart in the LLM Optimizations Lab. It
-writes text that looks like Python; it is no assistant and its code is not to be trusted.
-
-{result["parameters"]:,} parameters, {type_of(config)}, {config.n_layers} layers, width
-{config.d_model}, {config.n_heads} query heads and {config.n_kv_heads} KV heads of
-{config.d_head}, feed-forward width {config.d_ff}, {config.n_vocab:,} tokens, tied embeddings.
-Weights are bfloat16. Made by `python -m llmopt_lab.nn.train {name}`; the whole recipe is that file.
-
-{experts}## Quality
-
-Bits per byte on {sizes["heldout_bytes"]:,} bytes of Python that was never trained on
-({", ".join(manifest["held_out"])}; near-duplicates of these files were kept out of training).
-gzip and xz compress that text alone. The 5-gram model (interpolated, modified Kneser-Ney) has the
-same tokens and the same training text as this model.
-
-| | bits per byte |
-|---|---|
-{scores}
-The model reads each file from its beginning, in windows of {recipe["context"]:,} tokens with half
-a window of overlap.
-
-## Training
-
-{result["tokens"] / 1e6:,.0f} M tokens ({result["epochs"]:.1f} passes over
-{sizes["train_tokens"] / 1e6:.1f} M) in {result["seconds"] / 60:.1f} minutes on one
-{environment["name"]}, torch {environment["torch"]}. Muon for the matrices, AdamW for the rest,
-{recipe["batch"] * recipe["context"]:,} tokens a step, {recipe["steps"]:,} steps, seed
-{recipe["seed"]}. The last column is measured on a part of the held-out text.
-
-| step | M tokens | training loss, nats | held out, bits per byte |
-|---|---|---|---|
-{progress}
-All points are in training.json.
-
-## Speed on a CPU
-
-{cpu["tokens_per_second"]:,.0f} tokens per second, greedy, batch 1, with a KV cache, float32,
-{cpu["threads"]} thread, {cpu["name"]}.
-
-## Greedy completions
-
-The model's part begins at ⟫.
-
-{completions}## Data and licences
-
-{sizes["train_files"]:,} files, {sizes["train_bytes"] / 1e6:.0f} MB, of the standard library and of
-installed packages under permissive licences; manifest.json of the corpus lists every file. Used:
-{packages}.
-
-Refused for their licence: {refused}.
-"""
-
-
-def type_of(config: ModelConfig) -> str:
-    """The architecture's name."""
-    return config.to_hf()["architectures"][0]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -600,6 +431,7 @@ def main(arguments: list[str] | None = None) -> None:
         if given.model is None:
             parser.error("card needs the name of a model")
         run = given.run or Path(".lab/runs") / given.model
+        from llmopt_lab.nn.model_card import write_card
         from llmopt_lab.nn.weights import EMBEDDED
 
         write_card(given.model, given.corpus, run, given.out or EMBEDDED / given.model)

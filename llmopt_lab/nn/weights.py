@@ -160,8 +160,12 @@ def _fill(model: Transformer, source, device: torch.device, dtype: torch.dtype) 
     tied_copy = tied and shapes.pop("lm_head.weight", None) is not None
     _check_names_and_shapes(model, shapes, source.path)
 
-    model = model.to(dtype).to_empty(device=device).requires_grad_(False).eval()
-    weights = model.state_dict()
+    weights = {  # not Module.to_empty, which on the meta device imports sympy: 0.5 s
+        name: torch.empty(w.shape, dtype=dtype if w.is_floating_point() else w.dtype, device=device)
+        for name, w in model.state_dict().items()
+    }
+    model.load_state_dict(weights, assign=True)
+    model = model.requires_grad_(False).eval()
     for name, weight in weights.items():
         for rows, values in source.read(name):
             weight[rows].copy_(values)
