@@ -14,23 +14,27 @@ the next one. `expect_same_run` compares what two functions recorded and shows b
 
 import difflib
 import importlib
+import inspect
 import math
 import numbers
 import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from llmopt_lab.core.close import TOLERANCE
+from llmopt_lab.core.device import prepare_triton
 from llmopt_lab.core.errors import BadInput, require
 from llmopt_lab.core.trace import Record, Trace, first_divergence, recording
 
 PACKAGE = Path(__file__).resolve().parents[1]
+Mistake = tuple[str, object, str]  # its name, what it gives, where to look next
 
 
 @dataclass(frozen=True)
@@ -218,6 +222,50 @@ def expect(
         raise NotYet(difference, misconception=misconception, hint=hint)
 
 
+def expect_or_name(
+    what: str, got, want, hint: str, mistakes: Sequence[Mistake] = (), **exactly
+) -> None:
+    """`expect`, but a value that one of the mistakes gives is named after that mistake."""
+    for misconception, wrong, where_to_look in mistakes:
+        if not _same(wrong, want) and _same(got, wrong):
+            expect(what, got, want, where_to_look, misconception=misconception, **exactly)
+    expect(what, got, want, hint, **exactly)
+
+
+def expect_parts(got, *parts: str) -> None:
+    """`got` is a tuple or list of as many values as there are names of parts."""
+    if not isinstance(got, (tuple, list)) or len(got) != len(parts):
+        raise NotYet(
+            f"your answer is {got!r}, expected ({', '.join(parts)})",
+            misconception="returns-other-things",
+            hint=f"return {len(parts)} things, separated by commas, in this order",
+        )
+
+
+def expect_kernel(name: str, kernel) -> None:
+    """`kernel`, called `name`, is a Triton kernel, and somebody has written it."""
+    source = getattr(kernel, "fn", None)
+    if source is None:
+        raise NotYet(
+            f"{name} is of type {type(kernel).__name__}, not a Triton kernel",
+            misconception="not-a-kernel", hint="keep the line @triton.jit above it",
+        )  # fmt: skip
+    if "raise NotImplementedError" in inspect.getsource(source):  # a compiler would object to it
+        raise _not_written()
+
+
+@contextmanager
+def launched() -> Iterator[None]:
+    """Around a launch: what the learner's line raised, without the interpreter's wrapping."""
+    prepare_triton()
+    try:
+        yield
+    except Exception as error:
+        if error.__cause__ is not None:
+            raise error.__cause__ from None
+        raise
+
+
 def expect_same_run(
     what: str,
     attempt: Callable,
@@ -262,6 +310,14 @@ def expect_same_run(
         frames=frames,
         kinds=kinds,
     ) from raised
+
+
+def _same(got, want) -> bool:
+    try:
+        expect("", got, want, "")
+    except NotYet:
+        return False
+    return True
 
 
 def _run(wanted: Exercise, attempt) -> tuple[NotYet | None, BaseException | None]:

@@ -1,6 +1,5 @@
 """The checks of chapter 1. Each knows what the usual mistakes give, and names the one it sees."""
 
-import inspect
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -12,46 +11,28 @@ from types import NoneType
 import torch
 from torch import Tensor
 
-from llmopt_lab.core.device import pick_device, prepare_triton
+from llmopt_lab.core.device import pick_device
 from llmopt_lab.core.errors import OutOfBlocks
 from llmopt_lab.core.memory import Load, ceil_div
 from llmopt_lab.core.trace import Trace, first_divergence, record, recording
-from llmopt_lab.grading.checks import NotYet, exercise, expect, expect_same_run
+from llmopt_lab.grading.checks import (
+    Mistake,
+    NotYet,
+    exercise,
+    expect,
+    expect_kernel,
+    expect_or_name,
+    expect_parts,
+    expect_same_run,
+    launched,
+)
 from llmopt_lab.paged_attention.cases import decode_inputs, decode_oracle
 from llmopt_lab.paged_attention.records import Allocated, CacheConfig, CopiedOnWrite, Extended
 from llmopt_lab.paged_attention.reference import PagedCache
 from llmopt_lab.paged_attention.view import frames
 from llmopt_lab.widgets.panels import Frame
 
-Mistake = tuple[str, object, str]  # its name, what it gives, where to look next
 TABLE_ENTRY = 4  # bytes: block tables are int32
-
-
-def expect_or_name(
-    what: str, got, want, hint: str, mistakes: Sequence[Mistake] = (), **exactly
-) -> None:
-    """`expect`, but a value that one of the mistakes gives is named after that mistake."""
-    for misconception, wrong, where_to_look in mistakes:
-        if not _same(wrong, want) and _same(got, wrong):
-            expect(what, got, want, where_to_look, misconception=misconception, **exactly)
-    expect(what, got, want, hint, **exactly)
-
-
-def _expect_parts(got, *parts: str) -> None:
-    if not isinstance(got, (tuple, list)) or len(got) != len(parts):
-        raise NotYet(
-            f"your answer is {got!r}, expected ({', '.join(parts)})",
-            misconception="returns-other-things",
-            hint=f"return {len(parts)} things, separated by commas, in this order",
-        )
-
-
-def _same(got, want) -> bool:
-    try:
-        expect("", got, want, "")
-    except NotYet:
-        return False
-    return True
 
 
 # 1. The KV cache in bytes
@@ -77,7 +58,7 @@ def _(kv_budget):
     ]
     for name, n_layers, n_heads, n_kv_heads, d_head, itemsize, n_tokens, memory in shapes:
         got = kv_budget(n_layers, n_heads, n_kv_heads, d_head, itemsize, n_tokens, memory)
-        _expect_parts(got, "bytes per token", "number of requests")
+        expect_parts(got, "bytes per token", "number of requests")
         numbers = n_layers * n_kv_heads * d_head
         per_token = 2 * numbers * itemsize
         expect_or_name(
@@ -778,7 +759,7 @@ def _(plan_resume):
     for prompt, generated, table, n_reused in cases:
         call = f"plan_resume({prompt}, {generated}, table={table}, n_reused={n_reused}, 4)"
         plan = plan_resume(list(prompt), list(generated), list(table), n_reused, 4)
-        _expect_parts(plan, "tokens", "positions", "slots")
+        expect_parts(plan, "tokens", "positions", "slots")
         known, first = prompt + generated, n_reused
         expect_or_name(
             f"{call}: tokens", list(plan[0]), known[first:],
@@ -841,7 +822,7 @@ def _(choose_block_size):
     lengths, per_token = [17, 64, 5, 100, 33, 1], 12
     for size in (16, 5, 64):
         got = choose_block_size(list(lengths), [size], per_token, 1_000)
-        _expect_parts(got, "block size", "overhead")
+        expect_parts(got, "block size", "overhead")
         blocks, n = [ceil_div(n, size) for n in lengths], len(lengths)
         unused, entries = sum(blocks) * size - sum(lengths), TABLE_ENTRY * sum(blocks)
         floor = sum(n // size for n in lengths)
@@ -921,17 +902,7 @@ def _overhead(lengths: Sequence[int], block_size: int, bytes_per_token: int) -> 
     ),
 )
 def _(kernel):
-    source = getattr(kernel, "fn", None)
-    if source is None:
-        raise NotYet(
-            f"decode_kernel is of type {type(kernel).__name__}, not a Triton kernel",
-            misconception="not-a-kernel", hint="keep the line @triton.jit above it",
-        )  # fmt: skip
-    if "raise NotImplementedError" in inspect.getsource(source):  # a compiler would object to it
-        raise NotYet(
-            "not written yet. Replace the line that raises NotImplementedError by your own code",
-            misconception="not-written",
-        )
+    expect_kernel("decode_kernel", kernel)
     for what, lengths, n_heads, n_kv_heads, block_size, poison in [
         ("one full block", [8], 2, 2, 8, False),
         ("4 query heads on 2 KV heads", [8, 8], 4, 2, 8, False),
@@ -967,21 +938,16 @@ def _with_spare_blocks(q, k, v, tables, lengths) -> Inputs:
 
 def _launch(kernel, q, k, v, tables, lengths) -> Tensor:
     """One program per (sequence, query head), on a GPU or in the interpreter."""
-    prepare_triton()
     device = pick_device()
     batch, n_heads, d_head = q.shape
     out = torch.full_like(q, torch.nan, device=device)
     k, v = (_in_no_mans_land(cache).to(device) for cache in (k, v))
-    try:
+    with launched():
         kernel[(batch, n_heads)](
             q.to(device), k[1], v[1], tables.to(device), lengths.to(device), out,
             tables.shape[1], d_head**-0.5,
             N_HEADS=n_heads, N_KV_HEADS=k.shape[3], BLOCK_SIZE=k.shape[2], D=d_head,
         )  # fmt: skip
-    except Exception as error:
-        if error.__cause__ is not None:  # the interpreter wraps what the learner's line raised
-            raise error.__cause__ from None
-        raise
     return out.cpu()
 
 
