@@ -389,7 +389,13 @@ GPU_SHAPES = [  # batch, n_heads, n_kv_heads, n_q, n_k, d_head
     (2, 8, 2, 1000, 1000, 128),
     (1, 4, 4, 1, 4097, 128),
 ]
-WIDE_GPU_SHAPES = [(1, 4, 4, 300, 257, 80), (1, 4, 2, 200, 333, 256), (3, 3, 1, 90, 70, 16)]
+OTHER_GPU_SHAPES = [
+    (1, 4, 4, 300, 257, 80),
+    (1, 4, 2, 200, 333, 256),
+    (3, 3, 1, 90, 70, 8),
+    (1, 2, 1, 5, 0, 64),  # no key at all
+    (1, 2, 1, 0, 5, 64),
+]
 
 
 @pytest.mark.gpu
@@ -401,8 +407,8 @@ def test_results_and_gradients_equal_torchs_on_a_gpu(shape, dtype, causal):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", WIDE_GPU_SHAPES, ids=str)
-def test_every_width_of_a_head_is_right_on_a_gpu(shape):
+@pytest.mark.parametrize("shape", OTHER_GPU_SHAPES, ids=str)
+def test_other_widths_and_empty_sides_are_right_on_a_gpu(shape):
     check_forward_and_backward(*inputs(shape, dtype=torch.bfloat16, device="cuda"), causal=True)
 
 
