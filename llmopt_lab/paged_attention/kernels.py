@@ -164,8 +164,6 @@ def paged_attention_decode(
     capacity = block_tables.shape[1] * block_size
     span = choose_span(batch * n_kv_heads, capacity, tile)
     n_splits = max(1, ceil_div(capacity, span))
-    if n_splits == 1 and _is_one_wave(batch * n_kv_heads) and q.dtype.itemsize == 2:
-        n_stages = 7            # alone on its multiprocessor a program keeps more loads in flight
     if n_splits == 1:
         part, lse = out, out    # one split is the result; the kernel writes no log-sum-exp then
     else:
@@ -200,26 +198,14 @@ def choose_span(n_programs: int, capacity: int, tile: int) -> int:
     """Tokens a split, a multiple of `tile`, for `n_programs` (sequence, KV head) pairs.
 
     Short enough that every multiprocessor has its three programs, and at most MAX_SPAN, so that
-    one long sequence among short ones does not keep the GPU waiting. Tables of up to 2 * MAX_SPAN
-    tokens are not split where the pairs alone are one full wave, or three: no merge to pay.
+    one long sequence among short ones does not keep the GPU waiting.
     """
     gpu = gpu_facts()
     n_sms = gpu.n_sms if gpu else 4     # the interpreter walks programs one by one: keep it short
-    if capacity <= 2 * MAX_SPAN and (_is_one_wave(n_programs) or n_programs >= 3 * n_sms):
-        return ceil_div(max(capacity, 1), tile) * tile
     wanted = max(1, 3 * n_sms // max(n_programs, 1))
     span = min(ceil_div(capacity, wanted), MAX_SPAN)
     span = max(span, ceil_div(capacity, MAX_SPLITS), 1)
     return ceil_div(span, tile) * tile
-
-
-def _is_one_wave(n_programs: int) -> bool:
-    """Whether one program a multiprocessor nearly fills a GPU that has room for seven stages."""
-    gpu = gpu_facts()
-    return (
-        gpu is not None and gpu.capability >= (9, 0) and torch.version.hip is None
-        and 0.9 * gpu.n_sms <= n_programs <= gpu.n_sms
-    )  # fmt: skip
 
 
 def _tiling(dtype: torch.dtype) -> tuple[int, int, int]:
