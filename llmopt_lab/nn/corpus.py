@@ -1,6 +1,6 @@
 """The lab models' corpus: Python source that is on every learner's machine, and its tokenizer.
 
-    python -m llmopt_lab.nn.train corpus        # writes .lab/corpus, in about six minutes
+    python -m llmopt_lab.nn.train corpus        # writes .lab/corpus; six minutes of one core
 
 Sources: the standard library, and the packages that this course's own metadata asks for (all
 extras, and what those ask for in turn), each only under a licence in PERMISSIVE. Left out are
