@@ -223,12 +223,7 @@ def _attend(
 ) -> dict[str, Tensor]:
     """One head over the first `n_keys` keys."""
     k, v = k[:n_keys], v[:n_keys]
-    if len(k) == 0:
-        return {"out": q.new_zeros(len(q), v.shape[1]), "lse": q.new_full((len(q),), -torch.inf)}
-    return {
-        "out": attention_oracle(q, k, v, scale=scale),
-        "lse": lse_oracle(q, k, scale=scale),
-    }
+    return {"out": attention_oracle(q, k, v, scale=scale), "lse": lse_oracle(q, k, scale=scale)}
 
 
 def _row(x: Tensor) -> Tensor:
@@ -254,11 +249,11 @@ def _expect_traffic(trace: Trace, what: str, q, k, v, tile_q: int, tile_k: int) 
     n_tiles, n_cols = ceil_div(len(q), tile_q), ceil_div(len(k), tile_k)
     keys = k.nbytes + v.nbytes
     largest = max((load.nbytes for load in trace.of(Load)), default=0)
-    rows = {x: x[: min(tile, len(x))].nbytes for x, tile in ((q, tile_q), (k, tile_k), (v, tile_k))}
-    if largest > max(rows.values()):
+    of_q, of_k, of_v = q[:tile_q].nbytes, k[:tile_k].nbytes, v[:tile_k].nbytes
+    if largest > max(of_q, of_k, of_v):
         raise NotYet(
-            f"{what}: one load reads {largest} bytes; a tile of queries has {rows[q]}, "
-            f"one of keys {rows[k]}, one of values {rows[v]}",
+            f"{what}: one load reads {largest} bytes; a tile of queries has {of_q}, "
+            f"one of keys {of_k}, one of values {of_v}",
             misconception="holds-more-than-a-tile",
             hint="on chip there is room for one tile of each: load with rows or cols, inside "
             "the loops",
@@ -607,9 +602,6 @@ def _(plan_tiles):
 # 7. Green tests, wrong kernel
 
 
-Guides = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # Q, K, V, block_size
-
-
 @exercise(
     "flash_attention.test_by_hand",
     points=3,
@@ -617,14 +609,14 @@ Guides = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # Q, K, V, block_size
     hints=(
         "Choose scores for which you know the softmax without a computer. With d_model = 1 and Q "
         "all ones, K IS the scores. Then let a block come after the first, let it have the larger "
-        "score, and let no two values that matter be equal.",
+        "score, and give it another value.",
         "block_size keys of score c, one more of score c + log(block_size): the last has weight "
         "1/2, the others share the other half. With V = 1 for those and 3 for the last, every "
         "output is 2. Take c = 200, so that exp(score) alone overflows.",
     ),
 )
 def _(test_by_hand):
-    right: list[tuple[str, Guides]] = [
+    right = [
         ("naive attention", lambda Q, K, V, block_size: _naive(Q, K, V)),
         ("flash attention, mended", _guides_loop),
         ("flash attention in float64", _in_float64),
@@ -643,8 +635,9 @@ def _(test_by_hand):
                 ) from error
         for name, misconception, where, attention in [
             ("the guide's function", "green-like-the-guides",
-             "with one block there is nothing to rescale and nothing to lose. Use more than "
-             "block_size keys, and look at what came out", guides_flash_attention),
+             "nothing is divided twice if there is one block, or if one key takes all the weight. "
+             "Use more than block_size keys, let an early one count, and look at what came out",
+             guides_flash_attention),
             ("one that drops the last, shorter block", "blind-to-lost-keys",
              "with equal values any weights that sum to 1 give the same answer. Give the last key "
              "a value of its own, and a length that is no multiple of block_size",
@@ -687,8 +680,7 @@ def _naive(Q: Tensor, K: Tensor, V: Tensor, subtract: bool = True) -> Tensor:
 
 
 def _guides_loop(
-    Q: Tensor, K: Tensor, V: Tensor, block_size: int, *, drop_tail: bool = False,
-    alpha: bool = True,
+    Q: Tensor, K: Tensor, V: Tensor, block_size: int, *, drop_tail: bool = False, alpha: bool = True
 ) -> Tensor:  # fmt: skip
     """The guide's function, mended; or broken in another way."""
     acc = Q.new_zeros(*Q.shape[:-1], V.shape[-1])
@@ -998,7 +990,7 @@ class _Causal:
             last = last // self.tile * self.tile + self.tile - 1
         seen = key <= last
         if self.pair:
-            seen[self.pair] = True
+            seen = seen | (query == self.pair[0]) & (key == self.pair[1])
         scores = q @ k.T * q.shape[1] ** -0.5
         if self.leak == "total":
             return torch.softmax(scores, dim=1).masked_fill(~seen, 0) @ v
