@@ -44,12 +44,12 @@ class Recipe:
     batch: int = 128  # sequences a step
     context: int = 1024  # tokens a sequence
     matrix_lr: float = 0.02  # Muon's
-    other_lr: float = 5e-3  # AdamW's: embeddings, norms, routers
+    other_lr: float = 3e-3  # AdamW's: embeddings, norms, routers
     weight_decay: float = 0.1  # of the matrices
     warmup: float = 0.01  # share of the steps in which the rate rises from 0
     decay: float = 0.6  # share of the steps, the last, in which it falls to 0
     clip: float = 1.0  # of the gradient's norm
-    balance: float = 0.1  # weight of the experts' balance loss
+    balance: float = 0.01  # weight of the experts' balance loss
     seed: int = 0
     reports: int = 40  # points of the curve, each with a validation and a checkpoint
     held_out_every: int = 1  # measure on every so many-th held-out document
@@ -65,7 +65,9 @@ SMALL = dict(d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, d_head=32)
 RECIPES = {
     "lab-target": Recipe(ModelConfig(**FAMILY, **TARGET), steps=6_000),
     "lab-draft": Recipe(ModelConfig(**FAMILY, **DRAFT), steps=8_000),
-    "lab-moe": Recipe(ModelConfig(**FAMILY, **SMALL, d_ff=160, n_experts=8, top_k=2), steps=5_000),
+    "lab-moe": Recipe(
+        ModelConfig(**FAMILY, **SMALL, d_ff=160, n_experts=8, top_k=2), steps=5_000, balance=0.1
+    ),
     "lab-dense": Recipe(ModelConfig(**FAMILY, **SMALL, d_ff=320), steps=5_000),
 }
 
