@@ -443,13 +443,15 @@ def manifest_of(packages: list[Package], refused: list[dict]) -> dict:
 def slice_of(packages: list[Package], most_bytes: int = SLICE_BYTES) -> dict:
     """The part of the held-out text that ships: its documents, and the licences they are under.
 
-    Documents are drawn in the order of their names' hashes, so the slice is a mixture.
+    Packages take turns, each in the order of its names' hashes, so the slice is a mixture.
     """
+    turns = []
+    for package in packages:
+        documents = [document for document in package.kept if document.held_out]
+        documents.sort(key=lambda document: hashlib.sha256(document.name.encode()).digest())
+        turns += [(turn, package.name, d, package) for turn, d in enumerate(documents)]
     chosen, total = [], 0
-    candidates = [(d, package) for package in packages for d in package.kept if d.held_out]
-    for document, package in sorted(
-        candidates, key=lambda pair: hashlib.sha256(pair[0].name.encode()).digest()
-    ):
+    for _, _, document, package in sorted(turns, key=lambda place: place[:2]):
         size = len(document.text.encode())
         if total + size <= most_bytes:
             total += size
