@@ -535,8 +535,8 @@ def _(plan_tiles):
         sizes = Sizes(n_q, n_k, d, d)
         tile_q = min(n_q, largest_tile_q(sizes, budget=budget, tile_k=tile_k))
 
-        def fits(per_query: int, at_all: int, room: float = budget / NUMBER, n_q=n_q) -> int:
-            return max(0, min(n_q, int((room - at_all) // per_query)))
+        def fits(per_query: int, at_all: int, room: int = budget // NUMBER, n_q: int = n_q) -> int:
+            return max(0, min(n_q, (room - at_all) // per_query))
 
         query, pair = 2 * d + tile_k + 2, 2 * tile_k * d
         expect_or_name(
@@ -732,7 +732,7 @@ def _(relative_error):
             result = attention(q, k, v, causal=causal)
             want = _relative(result, oracle)
             expect_or_name(
-                f"{what}: the relative error of {who}", _number(got), want,
+                f"{what}: the relative error of {who}", got, want,
                 "compute the oracle of one query and two keys by hand",
                 _error_mistakes(result, oracle, q, k, v, causal),
             )  # fmt: skip
@@ -743,10 +743,6 @@ def _(relative_error):
                     hint="an oracle in float32 is wrong by 1e-7 itself. Compute it in float64 and "
                     "compare in float64",
                 )
-
-
-def _number(got) -> float:
-    return got.item() if isinstance(got, Tensor) and got.numel() == 1 else got
 
 
 def _claims(result: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -774,7 +770,7 @@ def _error_mistakes(
     n_heads, n_kv_heads, n_q, n_k = q.shape[0], k.shape[0], q.shape[1], k.shape[1]
     heads, error = torch.arange(n_heads) % n_kv_heads, result - oracle
     wrongs = [
-        ("two-wrongs-agree", _relative(result, attention_oracle(q, k, v, causal=causal, scale=1)),
+        ("two-wrongs-agree", _relative(result, attention_oracle(q, k, v, causal=causal, scale=1.0)),
          "your oracle does not divide the scores by sqrt(d_head), and neither does the guide. Two "
          "functions from one hand make the same mistake: take torch's"),
         ("believes-the-attempt", 0.0,
