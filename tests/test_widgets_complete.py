@@ -295,6 +295,11 @@ def test_the_stored_output_is_a_picture_of_the_first_steps_and_takes_none():
         for image in root.iter("img")
     )
     assert "1 token of prompt, 12 after it" in text and "prefers-color-scheme:dark" in chart
+    said = [image.get("alt") for image in root.iter("img")]
+    assert said[0].startswith("The text so far: ab")
+    assert re.fullmatch(
+        r"The most probable next tokens: (“.+” [\d.]+ %, ){3}3 others .* %\.", said[1]
+    )
     steps = [item.text for item in root.iter("li")]
     assert len(steps) == 13 and steps[0] == widget.shown["caption"]
     ask(widget, *[STEP] * 12)

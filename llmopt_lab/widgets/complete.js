@@ -10,7 +10,8 @@ function render({ model, el }) {
 
   const prompt = focusable(element("textarea", { rows: 3, spellcheck: false }));
   prompt.value = model.get("shown").prompt;
-  const heat = focusable(element("input", { type: "range", min: 0, max: 2, step: 0.1, value: 0 }));
+  const heat = focusable(element("input", { type: "range", min: 0, max: 2, step: 0.1 }));
+  heat.value = model.get("shown").temperature;
   const degrees = element("output", { className: "lm-counter" });
   const caption = element("p", { className: "lm-caption" });
   caption.setAttribute("aria-live", "polite");

@@ -7,6 +7,7 @@ Complete(NextToken(lm.model), lm.encode, lm.decode, prompt="def add(a, b):\n", e
 import base64
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from html import escape
 from pathlib import Path
 
@@ -57,7 +58,7 @@ class Place:
     def tokens(self) -> list[int]:
         return [*self.prompt, *(w.token for w in self.written)]
 
-    @property
+    @cached_property
     def p_shown(self) -> Tensor:
         """The probabilities that the next token is drawn from; the model's own if none is drawn."""
         return _at_temperature(self.p, self.temperature)
@@ -210,6 +211,7 @@ class Complete(anywidget.AnyWidget):
             "n_written": len(place.written),
             "ended": self._ended(place),
             "prompt": self._prompt,
+            "temperature": place.temperature,
             "problem": problem,
         }
 
@@ -236,7 +238,8 @@ class Complete(anywidget.AnyWidget):
         title = how.get(place.temperature, f"drawn at temperature {place.temperature:g}")
         legend = (("new", "comes next"), ("active", "could come"), ("idle", "all others together"))
         panel = Bars(f"Next token: {title}", tuple(bars), "%", 100.0)
-        return Frame("The most probable next tokens.", (panel,), legend=legend)
+        words = ", ".join(f"{bar.label} {number(bar.value)} %" for bar in bars)
+        return Frame(f"The most probable next tokens: {words}.", (panel,), legend=legend)
 
     def _text_frame(self, place: Place) -> Frame:
         tokens = [Token(self._decode([token])) for token in place.prompt]
@@ -259,7 +262,8 @@ class Complete(anywidget.AnyWidget):
             ("owner1", "your choice"),
             ("new", "newest"),
         )
-        return Frame("The text so far.", (Tokens(title, tuple(tokens)),), legend=legend)
+        caption = f"The text so far: {self._decode(place.tokens)}"
+        return Frame(caption, (Tokens(title, tuple(tokens)),), legend=legend)
 
     def _caption(self, place: Place) -> str:
         said = f"The model has read {_tokens(len(place.prompt))}."

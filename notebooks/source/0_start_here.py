@@ -18,10 +18,11 @@
 # | section | minutes |
 # |---|---|
 # | 1. This session | 1 |
-# | 2. A prediction | 3 |
-# | 3. A moving picture | 4 |
-# | 4. Exercises, hints and points | 5 |
-# | 5. Where to go | 2 |
+# | 2. A prediction | 2 |
+# | 3. A moving picture | 3 |
+# | 4. A model that writes | 5 |
+# | 5. Exercises, hints and points | 3 |
+# | 6. Where to go | 1 |
 #
 # The first cell of each notebook is always the same. It installs the course where it is missing, as
 # on Colab, and says in one line what your session has and what that means for you.
@@ -48,12 +49,12 @@ start()
 # says what to do.
 
 # %% [markdown]
-# ## 2. A prediction (3 minutes)
+# ## 2. A prediction (2 minutes)
 #
 # You learn more from a result when you have said beforehand what you expect. Each chapter asks you
 # first. Your answer locks before the right one shows, and nobody else sees it.
 #
-# SmolLM2-135M is the small model of this course: 30 layers, and in each layer 3 key heads and 3
+# SmolLM2-135M, one of the models of this course, has 30 layers, and in each layer 3 key heads and 3
 # value heads of width 64. While it writes, it keeps one key and one value for every token it has
 # seen, in 2 bytes a number. That store is the *KV cache*.
 
@@ -72,7 +73,7 @@ Predict(
 )
 
 # %% [markdown]
-# ## 3. A moving picture (4 minutes)
+# ## 3. A moving picture (3 minutes)
 #
 # Below, the model reads the word *cache* and three more tokens; each leaves its key and value
 # behind. Step through it with the buttons, the slider, or, once the slider has the focus, the arrow
@@ -114,7 +115,53 @@ Player([frame_after(n) for n in range(len(tokens) + 1)], title="A KV cache grows
 # *Try it:* change `tokens`, run the cell again, and step to the end.
 
 # %% [markdown]
-# ## 4. Exercises, hints and points (5 minutes)
+# ## 4. A model that writes (5 minutes)
+#
+# `lab-target` comes with the course: 8.8 million parameters, trained on Python code. A language
+# model does one thing. It reads a text as *tokens*, pieces of words, and gives every token of its
+# vocabulary a probability to come next. One is written, and the longer text is read again.
+#
+# Say first what you expect:
+
+# %%
+from llmopt_lab.nn import load
+from llmopt_lab.nn.generate import NextToken
+
+lm = load("lab-target")
+next_token = NextToken(lm.model)
+
+p = next_token(lm.encode("def add(a, b):\n    return a"))
+first, second = p.topk(2).indices.tolist()
+Predict(
+    "A line says “def add(a, b):”, the next one “return a”. How probable is the next token that "
+    "the model finds most probable?",
+    answer=round(100 * float(p[first])),
+    unit="%",
+    tolerance=0.2,
+    explain=f"It is {lm.decode([first])!r}; {lm.decode([second])!r} has {100 * p[second]:.0f} %. "
+    "Code has more ways to go on than the one you had in mind.",
+)
+
+# %% [markdown]
+# Now let it write. *Play*, or take *one token* at a time. Click a bar, or its button with the
+# keyboard, and the model has to go on from your choice. At temperature 0 the most probable token
+# always comes next; above 0 it is drawn, and the higher the temperature, the more the small
+# probabilities count. `<|endoftext|>` stands before each text; ↵ ends a line, and · is a space.
+
+# %%
+from llmopt_lab.widgets.complete import Complete
+
+prompt = "def read_lines(path):\n    with open(path"
+Complete(next_token, lm.encode, lm.decode, prompt=prompt, eos=lm.eos)
+
+# %% [markdown]
+# *Try it:*
+# - Find a place where the model hesitates between many tokens, and one where it is all but certain.
+# - Start over, force an unlikely token, and play. Does the model get over it?
+# - Type the beginning of a story. What does a model that has only read code make of it?
+
+# %% [markdown]
+# ## 5. Exercises, hints and points (3 minutes)
 #
 # Each chapter has a notebook of exercises with the same number, in the folder `exercises`. It has
 # cells to fill in:
@@ -139,7 +186,7 @@ Player([frame_after(n) for n in range(len(tokens) + 1)], title="A KV cache grows
 #   answer; a check accepts all of them.
 
 # %% [markdown]
-# ## 5. Where to go (2 minutes)
+# ## 6. Where to go (1 minute)
 #
 # | chapter | you will be able to say |
 # |---|---|

@@ -447,13 +447,14 @@ for n in (1_000, 100_000):
 # %% [markdown]
 # ## 4. A real model, served (20 minutes)
 #
-# SmolLM2-135M has 30 layers, 9 query heads and 3 KV heads. To serve another model, change one line.
+# `lab-target` is a small Llama that comes with the course and completes Python code. To serve
+# SmolLM2-135M instead, change one line: `MODEL = "smollm2-135m"`.
 
 # %% tags=["timing", "nbval-ignore-output"]
 from llmopt_lab.core.device import pick_device
 from llmopt_lab.nn.weights import load
 
-MODEL = "smollm2-135m"
+MODEL = "lab-target"
 
 lm = load(MODEL, device=pick_device())
 print(f"{MODEL}: {lm.config.n_layers} layers, {lm.config.n_heads} query heads, "
@@ -461,8 +462,8 @@ print(f"{MODEL}: {lm.config.n_layers} layers, {lm.config.n_heads} query heads, "
       f"{lm.config.kv_bytes_per_token(torch.float32):,} bytes of cache a token")
 
 # %% [markdown]
-# Four requests with the same system prompt. Request B wants four samples. The pool is small on
-# purpose: 18 blocks of 8 tokens.
+# Four requests to complete the same file, each from another line on. Request B wants four samples.
+# The pool is small on purpose: 24 blocks of 8 tokens.
 #
 # `serve` runs continuous batching: at each pass of the model, running requests decode one token
 # each, finished ones leave, waiting ones join while there is room.
@@ -470,22 +471,27 @@ print(f"{MODEL}: {lm.config.n_layers} layers, {lm.config.n_heads} query heads, "
 # %%
 from llmopt_lab.paged_attention import Request
 
-system = {"role": "system", "content": "You are a helpful assistant. Answer in one short sentence."}
-questions = {
-    "A": "What is the capital of France?",
-    "B": "Invent a name for a small robot.",
-    "C": "Why is the sky blue?",
-    "D": "Name a fruit.",
+file = '''"""Small functions for lists of numbers."""
+
+import math
+from collections.abc import Sequence
+
+
+'''
+beginnings = {
+    "A": "def mean(numbers: Sequence[float]) -> float:\n",
+    "B": "def",
+    "C": "class Window:\n    def __init__(self, size: int):\n",
+    "D": "def largest(numbers):\n    best =",
 }
 
 
 def make_requests():
     """The four requests, fresh: a request remembers what it has generated."""
     requests = []
-    for name, question in questions.items():
-        chat = lm.apply_chat([system, {"role": "user", "content": question}])
+    for name, beginning in beginnings.items():
         samples = {"n_samples": 4, "temperature": 0.9, "seed": 7} if name == "B" else {}
-        prompt = lm.encode(chat).tolist()
+        prompt = lm.encode(file + beginning).tolist()
         requests.append(Request(name, prompt, n_new=20, eos=frozenset(lm.eos), **samples))
     return requests
 
@@ -497,7 +503,7 @@ from llmopt_lab.paged_attention.attend import cache_config, serve
 from llmopt_lab.paged_attention.records import EVENTS
 from llmopt_lab.paged_attention.view import serving_frames
 
-pool = {"n_blocks": 18, "block_size": 8}
+pool = {"n_blocks": 24, "block_size": 8}
 cache = PagedCache(cache_config(lm.config, **pool), device=lm.model.device)
 with recording(*EVENTS) as served:
     texts = serve(lm.model, cache, make_requests(), max_step_tokens=64)
@@ -524,9 +530,9 @@ Player(serving_frames(served, **pool), title="Serving four requests")
 
 # %% [markdown]
 # *Only the picture answers these:*
-# - Which request is preempted, in which pass? Who needed the block?
+# - Which requests are preempted, in which passes? Who needed the blocks?
 # - A contiguous cache reserves each request's longest length and shares nothing. In how many passes
-#   would it have needed more slots than the 144 there are?
+#   would it have needed more slots than the 192 there are?
 #
 # A preempted request loses its blocks, not its text. It returns as a longer prompt; what is still
 # in the *prefix cache* is not computed again. A full block is named by a hash of its tokens and of
@@ -561,7 +567,7 @@ def serve_on(n_slots, block_size):
 
 Explore(
     serve_on,
-    n_slots=Choice("slots in the pool", (48, 80, 96, 120, 144, 192, 256), 144),
+    n_slots=Choice("slots in the pool", (48, 96, 128, 160, 192, 256, 320), 192),
     block_size=Choice("tokens a block", (1, 2, 4, 8, 16, 32), 8),
 )
 

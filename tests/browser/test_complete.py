@@ -1,6 +1,7 @@
 """A learner types a prompt and watches a model complete it: buttons, keys, play, a rerun."""
 
 import statistics
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -8,6 +9,8 @@ from nbformat.v4 import new_code_cell, new_notebook
 from playwright.sync_api import expect
 
 pytestmark = pytest.mark.browser
+
+NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "0_start_here.ipynb"
 
 # after "a" most probably "b", then "c", ...; after "z" the text ends
 MODEL = """
@@ -180,31 +183,41 @@ def test_a_cell_that_is_run_again_stops_the_old_player(opened):
     assert lab.errors == []
 
 
-def test_a_step_takes_less_than_100_milliseconds(opened):
-    """From the click to the changed picture, the kernel's share included."""
-    _, widget = opened
-    widget.get_by_label("Prompt").fill("a")
-    expect_text(widget, "a")
-    times_ms = widget.evaluate(
-        """async (widget) => {
-            const text = widget.querySelector(".lm-stage");
-            const step = [...widget.querySelectorAll("button")]
-                .find((button) => button.textContent === "One token");
-            const times = [];
-            for (let i = 0; i < 20; i++) {
-                const changed = new Promise((resolve) =>
-                    new MutationObserver(resolve).observe(text, { childList: true }));
-                const start = performance.now();
-                step.click();
-                await changed;
-                times.push(performance.now() - start);
-            }
-            return times;
-        }"""
-    )
-    expect(boxes(widget)).to_have_count(21)
+STEP_TIMES = """async (widget) => {
+    const text = widget.querySelector(".lm-stage");
+    const step = [...widget.querySelectorAll("button")]
+        .find((button) => button.textContent === "One token");
+    const times = [];
+    for (let i = 0; i < 20; i++) {
+        const changed = new Promise((resolve) =>
+            new MutationObserver(resolve).observe(text, { childList: true }));
+        const start = performance.now();
+        step.click();
+        await changed;
+        times.push(performance.now() - start);
+    }
+    return times;
+}"""
+
+
+def test_in_the_start_notebook_the_course_s_model_takes_less_than_100_milliseconds_a_token(
+    open_lab,
+):
+    """From the click to the changed picture, in the page's own clock, over 20 tokens."""
+    lab = open_lab(NOTEBOOK)
+    lab.run_all()
+    widget = lab.page.locator(".lm-complete")
+    widget.scroll_into_view_if_needed()
+    prompt = widget.get_by_label("Prompt")
+    expect(prompt).to_have_value("def read_lines(path):\n    with open(path")
+    prompt.fill("import numpy as")
+    expect(widget.locator(".lm-caption")).to_contain_text("Next, most probable: “·np”, 99.")
+    times_ms = widget.evaluate(STEP_TIMES)
     print(f"median {statistics.median(times_ms):.0f} ms, longest {max(times_ms):.0f} ms")
     assert statistics.median(times_ms) < 100
+    expect(widget.locator(".lm-stage").first.locator("svg")).to_contain_text(" 20 after it")
+    # the badge at the top is an image of Colab's, and there may be no network
+    assert [error for error in lab.errors if "ERR_NAME_NOT_RESOLVED" not in error] == []
 
 
 def test_it_follows_the_theme_and_fits_a_narrow_window(open_lab):

@@ -80,7 +80,7 @@ def test_make_lab_opens_the_start_notebook_which_runs_and_moves(lab_address, chr
 
     player = page.locator(".lm-player").first
     player.wait_for(timeout=60_000)
-    output = page.locator(".jp-OutputArea-output", has_text="llmopt_lab").first.inner_text()
+    output = page.locator(".jp-OutputArea-output", has_text="llmopt_lab").first.text_content()
     assert output.startswith("llmopt_lab ") and "\n" not in output.strip()
 
     caption = player.locator(".lm-caption:not(.lm-ghost)").first

@@ -65,14 +65,14 @@ def test_the_notebook_runs_and_moves(open_lab):
     explore = lab.page.locator(".widget-vbox", has_text="slots in the pool").first
     explore.scroll_into_view_if_needed()
     counter = explore.locator(".lm-counter")
-    expect(counter).to_have_text("step 1 of 22")
+    expect(counter).to_have_text("step 1 of 30")
     slots, tokens = (explore.locator(".noUi-handle").nth(i) for i in (0, 1))
     tokens.focus()
     lab.page.keyboard.press("Home")  # blocks of one token
-    expect(counter).to_have_text("step 1 of 21")
+    expect(counter).to_have_text("step 1 of 26")
     expect(tokens).to_be_focused()
     lab.page.keyboard.press("End")  # of 32: the slider has kept the focus
-    expect(counter).to_have_text("step 1 of 44")
+    expect(counter).to_have_text("step 1 of 52")
     slots.focus()
     lab.page.keyboard.press("Home")
     expect(explore.get_by_role("alert")).to_contain_text("at its longest, the pool has 1")
