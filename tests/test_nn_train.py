@@ -26,7 +26,9 @@ from llmopt_lab.nn.train import RECIPES, Batches, HeldOut, Muon, bits_per_byte, 
 from llmopt_lab.nn.transformer import Transformer
 
 CPU = torch.device("cpu")
-TOY = replace(toy(RECIPES["lab-moe"]), steps=24, reports=6, batch=3, context=32, held_out_every=1)
+TOY = replace(
+    toy(RECIPES["lab-moe"]), steps=24, reports=6, batch=3, context=32, held_out_every=1, decay=1.0
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,8 @@ def test_the_models_have_the_sizes_that_their_cards_promise():
     moe, dense = RECIPES["lab-moe"], RECIPES["lab-dense"]
     router = moe.config.n_layers * moe.config.d_model * moe.config.n_experts
     assert moe.config.n_active_parameters - router == dense.config.n_parameters
-    assert replace(moe, config=dense.config) == dense  # the same tokens, the same recipe
+    same = replace(moe, config=dense.config, balance=dense.balance)  # only experts need balance
+    assert same == dense  # the same tokens, the same recipe
 
 
 # --- data
@@ -279,7 +282,7 @@ def test_training_learns_and_tells(finished):
     assert result == json.loads(json.dumps(trained["result"]))
     bits = [point["heldout_bits_per_byte"] for point in result["curve"]]
     assert len(bits) == 6 and bits == sorted(bits, reverse=True)
-    assert result["curve"][0]["loss"] - result["curve"][-1]["loss"] > 0.4
+    assert result["curve"][0]["loss"] - result["curve"][-1]["loss"] > 0.3
     assert result["tokens"] == 24 * 3 * 32 == result["curve"][-1]["tokens"]
     assert len(result["expert_load_max_over_mean"]) == 2
     assert result["environment"]["torch"] == torch.__version__

@@ -272,10 +272,11 @@ def loads_of(model: Transformer, held_out: HeldOut, context: int) -> list[float]
         for i, block in enumerate(model.layers)
         if isinstance(block.mlp, MixtureOfExperts)
     ]
+    if not hooks:
+        return []
     n = len(held_out.tokens) // context * context
     for row in torch.from_numpy(held_out.tokens[:n].astype(np.int64)).view(-1, 1, context):
-        if hooks:
-            model(row.to(model.device))
+        model(row.to(model.device))
     for hook in hooks:
         hook.remove()
     n_experts = model.config.n_experts
@@ -315,6 +316,7 @@ def train(recipe: Recipe, corpus: Path, out: Path, say=print) -> dict:
                 torch.nn.init.zeros_(weight)
     model = model.to(device)
     optimizers = make_optimizers(model, recipe)
+    rates = [[group["lr"] for group in o.param_groups] for o in optimizers]  # the full ones
     step, curve, seconds = 0, [], 0.0
     checkpoint = out / "checkpoint.pt"
     if checkpoint.is_file():
@@ -334,7 +336,6 @@ def train(recipe: Recipe, corpus: Path, out: Path, say=print) -> dict:
     positions = torch.arange(recipe.context, device=device)[None]
     cos, sin = rope_tables(recipe.config, positions, torch.float32)
     half = torch.autocast(device.type, torch.bfloat16, enabled=on_gpu)
-    rates = [[group["lr"] for group in o.param_groups] for o in optimizers]
     tokens_per_step = recipe.batch * recipe.context
     every = max(1, recipe.steps // recipe.reports)
     total = torch.zeros((), device=device)  # of the loss since the last report
