@@ -29,6 +29,7 @@ ROOM_FILE = {
     "hopper": ({"records"}, {"core"}),
     "attend": ({"records", "reference", "siblings", "kernels"}, {"core", "nn"}),
     "cases": ({"*"}, {"core", "nn"}),
+    "peers": ({"*"}, {"core"}),  # what cases.py times, where it is long
     "view": ({"records"}, {"core", "widgets"}),
     "__init__": ({"records", "reference", "siblings"}, {"core", "nn"}),
     "reference": ({"records", "reference", "siblings"}, {"core", "nn"}),

@@ -13,7 +13,9 @@ from llmopt_lab.flash_attention.kernels import flash_attention_triton, forward_i
 PLANS = [
     pytest.param(64, hopper.PLANS[64], id="d64"),
     pytest.param(128, hopper.PLANS[128], id="d128"),
-    pytest.param(128, hopper.Plan(128, 2, 2, 240, overlap=False, persistent=False), id="first-rung"),
+    pytest.param(
+        128, hopper.Plan(128, 2, 2, 240, overlap=False, persistent=False), id="first-rung"
+    ),
     pytest.param(128, hopper.Plan(128, 2, 2, 240, turns=True), id="turns"),
 ]
 SHAPES = [  # batch, n_heads, n_kv_heads, n_q, n_k, causal

@@ -50,7 +50,7 @@ class Contender:
     """
 
     name: str
-    prepare: Callable[..., Callable[[], Tensor]]
+    prepare: Callable[..., Callable[[], Tensor | tuple[Tensor, ...]]]
     ours: bool = False
 
 
@@ -209,7 +209,7 @@ def _copy(inputs: tuple) -> tuple:
 def _run_contender(contender: Contender, sets: list[tuple], want: Tensor, device) -> dict:
     try:
         calls = [contender.prepare(*inputs) for inputs in sets]
-        got = calls[0]()
+        extra_bytes, got = _extra_bytes(calls[0], device)
     except ImportError as absent:  # Missing is one
         return {"absent": str(absent)}
     except torch.OutOfMemoryError:
@@ -230,9 +230,22 @@ def _run_contender(contender: Contender, sets: list[tuple], want: Tensor, device
         "p20_ms": timing.p20_ms,
         "p80_ms": timing.p80_ms,
         "how": timing.how,
+        "extra_bytes": extra_bytes,
         "max_error": (got.double() - want.double()).abs().max().item() if got.numel() else 0.0,
         "samples_ms": timing.samples_ms,
     }
+
+
+def _extra_bytes(call: Callable, device: torch.device) -> tuple[int | None, Tensor]:
+    """Most GPU memory that one call took, its result included, and the result, as one tensor."""
+    call()  # compiles, and makes what is kept between calls
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    got = call()
+    extra = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else None
+    return extra, torch.cat([x.flatten() for x in got]) if isinstance(got, tuple) else got
 
 
 def run_room(room: str, *, device: torch.device | None = None, commit: str | None = None) -> dict:
@@ -282,22 +295,30 @@ def format_results(results: dict) -> str:
         f"matrix product {roof['matmul_tflop_s']:,.1f} TFLOP/s",
     ]
     header = f"  {'contender':24}{'ms':>9}{'p20..p80':>18}{'GB/s':>7}{'TFLOP/s':>9}{'roofline':>10}"
+    header += f"{'extra MB':>10}{'/ ours':>8}"
     for case in results["cases"]:
-        lines += ["", case["title"], f"{header}{'/ ours':>8}"]
+        lines += ["", case["title"], header]
         for row in case["rows"]:
-            lines.append(", ".join(f"{name} {value:,}" for name, value in row["size"].items()))
+            lines.append(", ".join(_named(name, value) for name, value in row["size"].items()))
             ours = [row["results"][n].get("median_ms", math.nan) for n in case["ours"]]
             for name, r in row["results"].items():
                 if "absent" in r:
                     lines.append(f"  {name:24} absent: {r['absent']}")
                     continue
                 spread = f"{r['p20_ms']:.4f}..{r['p80_ms']:.4f}"
+                extra = f"{r['extra_bytes'] / 1e6:,.1f}" if r.get("extra_bytes") is not None else ""
                 ratio = "" if name in case["ours"] else f"{r['median_ms'] / min(ours):.2f}x"
                 lines.append(
                     f"  {name:24}{r['median_ms']:9.4f}{spread:>18}{r['gb_s']:7,.0f}"
-                    f"{r['tflop_s']:9.2f}{r['share_of_roofline']:10.1%}{ratio:>8}"
+                    f"{r['tflop_s']:9.2f}{r['share_of_roofline']:10.1%}{extra:>10}{ratio:>8}"
                 )
     return "\n".join(lines)
+
+
+def _named(name: str, value: int | bool) -> str:
+    if isinstance(value, bool):
+        return name if value else f"not {name}"
+    return f"{name} {value:,}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,12 +1,27 @@
 """Inputs shared by tests, benchmarks and the notebook, and the oracle they are held to."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from llmopt_lab.core.bench import Case
 from llmopt_lab.flash_attention.io_model import Sizes
 from llmopt_lab.flash_attention.key_outer import key_outer_attention
+from llmopt_lab.flash_attention.peers import (
+    BACKWARD,
+    FLASH_2,
+    FORWARD,
+    LADDER,
+    NAIVE,
+    OURS,
+    backward_oracle,
+    forward_oracle,
+)
 from llmopt_lab.flash_attention.split_kv import split_kv_attention
+from llmopt_lab.nn.transformer import Transformer, causal_attention, rope_tables
+from llmopt_lab.nn.weights import EMBEDDED
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -85,6 +100,83 @@ def realistic(
     return attention_inputs(sizes, dtype=dtype, device=device, peak=2.0)
 
 
+def long_text() -> str:
+    """The held-out files that ship with the lab models, end to end: 290 kB of Python source."""
+    documents = json.loads((EMBEDDED / "heldout.json").read_text("utf-8"))["documents"]
+    return "\n".join(document["text"] for document in documents)
+
+
+@torch.no_grad()
+def layer_inputs(model: Transformer, tokens: Tensor, *, layer: int, window: int = 1024) -> Inputs:
+    """q (n_heads, n, d_head), k and v (n_kv_heads, n, d_head) of one layer while it reads `tokens`.
+
+    The model reads windows of `window` tokens, each from position 0, so a text may be longer than
+    the model's positions; what it makes of the windows is joined end to end.
+
+    Raises:
+        BadInput: `tokens` is not (n,) with n > 0, the window does not fit the model, or it has no
+            such layer.
+    """
+    config = model.config
+    require(tokens.dim() == 1 and len(tokens) > 0, f"tokens must be (n,); got {tuple(tokens.shape)}")
+    require(
+        0 < window <= config.max_positions,
+        f"window must be 1 to {config.max_positions}, the model's positions; got {window}",
+    )
+    require(
+        0 <= layer < config.n_layers,
+        f"the model has layers 0 to {config.n_layers - 1}; got {layer}",
+    )
+    caught = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, layer: int, scale: float) -> Tensor:
+        if layer == wanted:
+            caught.append([x[0] for x in (q, k, v)])
+        return causal_attention(q, k, v, layer=layer, scale=scale)
+
+    wanted = layer
+    for part in tokens.split(window):
+        positions = torch.arange(len(part), device=tokens.device)[None]
+        cos, sin = rope_tables(config, positions, model.dtype)
+        x = model.embed_tokens(part[None])
+        for block in model.layers[: wanted + 1]:
+            x = block(x, cos, sin, attend)
+    return tuple(torch.cat(parts, dim=1) for parts in zip(*caught, strict=True))
+
+
+class Cost(NamedTuple):
+    """What one call took: wall time, and the most memory it held at once beyond what was there."""
+
+    seconds: float
+    peak_nbytes: int
+
+
+def cost_of(call: Callable[[], object]) -> Cost:
+    """Run `call` once and measure it, by torch's own allocator on either device.
+
+    On a CPU the allocator's log is on meanwhile: about a microsecond an operation.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held, begin = torch.cuda.memory_allocated(), time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        return Cost(time.perf_counter() - begin, torch.cuda.max_memory_allocated() - held)
+    # without Kineto, which writes to stderr
+    with torch.autograd.profiler.profile(use_kineto=False, profile_memory=True) as log:
+        begin = time.perf_counter()
+        result = call()
+        seconds = time.perf_counter() - begin
+        del result
+    events = [event for event in log.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return Cost(seconds, peak)
+
+
 def attention_oracle(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None
 ) -> Tensor:
@@ -151,4 +243,55 @@ def strip_example(reference) -> list[Tensor]:
     return [out.detach(), lse.detach(), *grads, naive, first, split]
 
 
-# The benchmark: CASES, a tuple of core.bench.Case with the peers of this chapter, goes here.
+# The benchmark: 16k tokens in all and a width of 2,048, multi-head, bf16 on a GPU, as in the papers
+
+
+def _case(title, oracle, contenders, sizes, *, backward: bool = False) -> Case:
+    n_tensors = 4 if backward else 3
+
+    def inputs(device, *, batch, n_heads, n, d_head, causal):
+        on_gpu = torch.device(device).type == "cuda"
+        rng = torch.Generator(device).manual_seed(0)
+        shape = (n_tensors, batch, n_heads, n, d_head)
+        x = torch.randn(shape, generator=rng, device=device)
+        return *(x.bfloat16() if on_gpu else x), causal
+
+    def flops(*, batch, n_heads, n, d_head, causal):
+        products = 5 if backward else 2
+        return products * 2 * batch * n_heads * n * n * d_head // (2 if causal else 1)
+
+    def min_bytes(*, batch, n_heads, n, d_head, causal):
+        return 2 * (8 if backward else 4) * batch * n_heads * n * d_head
+
+    return Case(
+        title=title, sizes=sizes, inputs=inputs, oracle=oracle, contenders=contenders,
+        flops=flops, min_bytes=min_bytes,
+        cpu_sizes=({"batch": 1, "n_heads": 2, "n": 64, "d_head": 64, "causal": True},),
+    )  # fmt: skip
+
+
+def _sizes(*lengths: int, d_heads: tuple[int, ...] = (64, 128)) -> tuple[dict, ...]:
+    return tuple(
+        {"batch": 16384 // n, "n_heads": 2048 // d, "n": n, "d_head": d, "causal": causal}
+        for d in d_heads
+        for causal in (False, True)
+        for n in lengths
+    )
+
+
+CASES = (
+    _case("forward", forward_oracle, FORWARD, _sizes(4096, 8192, 16384)),
+    _case("backward", backward_oracle, BACKWARD, _sizes(4096, 16384), backward=True),
+    _case(
+        "forward, from Triton to Hopper step by step",
+        forward_oracle, LADDER, _sizes(4096, 16384, d_heads=(128,)),
+    ),
+    _case(
+        "forward, extra memory against length",
+        forward_oracle, (OURS, FLASH_2, NAIVE),
+        tuple(
+            {"batch": 1, "n_heads": 2, "n": n, "d_head": 64, "causal": False}
+            for n in (1024, 4096, 16384, 65536, 131072)
+        ),
+    ),
+)  # fmt: skip

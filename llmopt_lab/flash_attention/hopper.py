@@ -5,7 +5,9 @@ next key tile are multiplied while the softmax of this one runs, and the warpgro
 that one's softmax hides behind another's products. `kernels.py` calls `forward` on sm_90.
 """
 
+import inspect
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,13 +20,22 @@ prepare_triton()
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
-)  # fmt: skip
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 LOG2_E = 1.4426950408889634
 LN_2 = gl.constexpr(0.6931471805599453)
 L2_BYTES = 24 << 20                 # keys and values that causal tiles of several heads may share
+
+
+def jit(fn, **options):
+    """gluon.jit of the function itself, which a test's type checker may have wrapped."""
+    return gluon.jit(inspect.unwrap(fn), **options)
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,7 @@ PLANS = {
 MAX_REGISTERS = {2: 168, 3: 128}    # a thread at the launch; the groups then trade among them
 
 
-@gluon.jit
+@jit
 def _work(index, n_q, n_k, n_tiles, n_heads_all, section, CAUSAL: gl.constexpr,
           TILE_Q: gl.constexpr, TILE_K: gl.constexpr):
     """(first query, head of all batches, key tiles) of one piece of work, heavy pieces first.
@@ -66,10 +77,10 @@ def _work(index, n_q, n_k, n_tiles, n_heads_all, section, CAUSAL: gl.constexpr,
     return first_q, first_head + rest % width, gl.maximum(gl.cdiv(end, TILE_K), 1)
 
 
-@gluon.jit
+@jit
 def _produce(descs, tiles, bars, sizes, counter_ptr, CAUSAL: gl.constexpr, GROUPS: gl.constexpr,
              PERSISTENT: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr):
-    """One warp: bring queries, keys and values into shared memory as soon as their place is free."""
+    """One warp: queries, keys and values into shared memory as soon as their place is free."""
     q_desc, k_desc, v_desc, out_desc = descs
     q_s, k_s, v_s, out_s, next_s = tiles
     q_full, q_free, k_full, k_free, v_full, v_free, turn, next_full, next_free = bars
@@ -115,7 +126,7 @@ def _produce(descs, tiles, bars, sizes, counter_ptr, CAUSAL: gl.constexpr, GROUP
         done += 1
 
 
-@gluon.jit
+@jit
 def _absorb(scores, m, total, scale_log2, row, first_k, n_q, n_k, CAUSAL: gl.constexpr,
             MASKED: gl.constexpr, TILE_K: gl.constexpr, SCORES: gl.constexpr):
     """Online softmax: one tile of scores into the running maximum and total."""
@@ -135,11 +146,11 @@ def _absorb(scores, m, total, scale_log2, row, first_k, n_q, n_k, CAUSAL: gl.con
     return p, shrink, m_new, total
 
 
-@gluon.jit
+@jit
 def _step(q, k_s, v_s, bars, p, acc, m, total, step, scale_log2, row, first_k, n_q, n_k,
           WHO: gl.constexpr, GROUPS: gl.constexpr, CAUSAL: gl.constexpr, MASKED: gl.constexpr,
-          D: gl.constexpr, OVERLAP: gl.constexpr, TURNS: gl.constexpr, TILE_K: gl.constexpr, STAGES: gl.constexpr,
-          SCORES: gl.constexpr, OUT: gl.constexpr, P: gl.constexpr):
+          D: gl.constexpr, OVERLAP: gl.constexpr, TURNS: gl.constexpr, TILE_K: gl.constexpr,
+          STAGES: gl.constexpr, SCORES: gl.constexpr, OUT: gl.constexpr, P: gl.constexpr):
     """Scores of this key tile, and the weighted sum of the tile before it."""
     q_full, q_free, k_full, k_free, v_full, v_free, turn, next_full, next_free = bars
     dtype: gl.constexpr = q.dtype
@@ -157,8 +168,8 @@ def _step(q, k_s, v_s, bars, p, acc, m, total, step, scale_log2, row, first_k, n
             mbarrier.wait(turn.index(0), (step & 1) ^ 1)
         else:
             mbarrier.wait(turn.index(WHO), step & 1)
-    pending = warpgroup_mma(
-        q, k_s.index(stage).reshape([TILE_K, D]).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    k = k_s.index(stage).reshape([TILE_K, D])
+    pending = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
     if OVERLAP:
         mbarrier.wait(v_full.index(before), ((step - 1) // STAGES) & 1)
         pending_out = warpgroup_mma(p, v_s.index(before).reshape([TILE_K, D]), acc, is_async=True)
@@ -177,10 +188,11 @@ def _step(q, k_s, v_s, bars, p, acc, m, total, step, scale_log2, row, first_k, n
     return gl.convert_layout(p_new.to(dtype), P), acc, m, total
 
 
-@gluon.jit
+@jit
 def _consume(descs, tiles, bars, sizes, lse_ptr, scale_log2,
              WHO: gl.constexpr, CAUSAL: gl.constexpr, GROUPS: gl.constexpr, OVERLAP: gl.constexpr,
-             TURNS: gl.constexpr, PERSISTENT: gl.constexpr, TILE_K: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
+             TURNS: gl.constexpr, PERSISTENT: gl.constexpr, TILE_K: gl.constexpr, D: gl.constexpr,
+             STAGES: gl.constexpr):
     """One warpgroup: 64 query rows against every key tile, from the last one back."""
     q_desc, k_desc, v_desc, out_desc = descs
     q_s, k_s, v_s, out_s, next_s = tiles
@@ -221,8 +233,8 @@ def _consume(descs, tiles, bars, sizes, lse_ptr, scale_log2,
                 mbarrier.wait(turn.index(0), (step & 1) ^ 1)
             else:
                 mbarrier.wait(turn.index(WHO), step & 1)
-        pending = warpgroup_mma(
-            q, k_s.index(stage).reshape([TILE_K, D]).permute((1, 0)), zeros, use_acc=False, is_async=True)
+        k = k_s.index(stage).reshape([TILE_K, D])
+        pending = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
         if TURNS:
             mbarrier.arrive(turn.index((WHO + 1) % GROUPS), count=1)
         scores = warpgroup_mma_wait(0, deps=[pending])
@@ -270,17 +282,18 @@ def _consume(descs, tiles, bars, sizes, lse_ptr, scale_log2,
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=[
+# one compilation for every length
+@partial(jit, do_not_specialize=(
     "n_q", "n_k", "n_heads", "group", "n_tiles", "n_heads_all", "section",
-])  # one compilation for every length
+))
 def _forward_kernel(
     q_desc, k_desc, v_desc, out_desc, lse_ptr, counter_ptr,
     n_q, n_k, n_heads, group, n_tiles, n_heads_all, section, scale_log2,
     CAUSAL: gl.constexpr, GROUPS: gl.constexpr, OVERLAP: gl.constexpr, TURNS: gl.constexpr,
-    PERSISTENT: gl.constexpr, TILE_K: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
-    SPARE: gl.constexpr,
+    PERSISTENT: gl.constexpr, TILE_K: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr, SPARE: gl.constexpr,
 ):
-    """One program: a list of (head, query tile) pieces, one warpgroup a 64 rows, one warp for TMA."""
+    """One program: pieces of work, a (head, query tile) each; a warp for TMA, 64 rows a group."""
     dtype: gl.constexpr = q_desc.dtype
     q_s = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, 64, D], q_desc.layout)
     k_s = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, TILE_K, D], k_desc.layout)
@@ -395,9 +408,11 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
 def _has_tma_strides(x: Tensor) -> bool:
     """TMA needs the address and every stride in steps of 16 bytes."""
     *strides, last = _strides(x)
-    return last == 1 and all(s * x.itemsize % 16 == 0 for s in [x.data_ptr() // x.itemsize, *strides])
+    steps = [x.data_ptr(), *(stride * x.itemsize for stride in strides)]
+    return last == 1 and all(step % 16 == 0 for step in steps)
 
 
 def _strides(x: Tensor) -> list[int]:
     """Its strides; those of dimensions of size 1 may be anything, so they become a row's length."""
-    return [s if n > 1 else x.shape[3] for n, s in zip(x.shape[:3], x.stride()[:3])] + [x.stride(3)]
+    sizes = zip(x.shape[:3], x.stride()[:3], strict=True)
+    return [stride if n > 1 else x.shape[3] for n, stride in sizes] + [x.stride(3)]

@@ -497,13 +497,15 @@ def _forward(q, k, v, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def forward_into(out, lse, q, k, v, *, causal: bool, scale: float) -> None:
+def forward_into(
+    out, lse, q, k, v, *, causal: bool, scale: float, tiles: "Tiles | None" = None
+) -> None:
     """The Triton kernel on any GPU, into given tensors; arguments as `flash_attention_triton`."""
     batch, n_heads, n_q, d_head = q.shape
     n_kv_heads, n_k = k.shape[1:3]
     d, precision = _padded(d_head), _precision(q.dtype)
     sizes = {"CAUSAL": causal, "D_HEAD": d_head, "D": d, "PRECISION": precision}
-    tiles = choose_tiles("forward", d_head, q.dtype)
+    tiles = tiles or choose_tiles("forward", d_head, q.dtype)
     _forward_kernel[(ceil_div(n_q, tiles.tile_q) * n_heads * batch,)](
         q, k, v, out, lse, *_strides(q, k, v, out),
         n_heads, n_heads // n_kv_heads, n_q, n_k, scale, **sizes, **_options(tiles, k, v),
