@@ -1,5 +1,8 @@
 """Inputs shared by tests, benchmarks and the notebook, and the oracle they are held to."""
 
+import json
+import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -7,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from llmopt_lab.core.bench import Case
+from llmopt_lab.core.errors import require
 from llmopt_lab.flash_attention.io_model import Sizes
 from llmopt_lab.flash_attention.key_outer import key_outer_attention
 from llmopt_lab.flash_attention.peers import (
@@ -118,7 +122,9 @@ def layer_inputs(model: Transformer, tokens: Tensor, *, layer: int, window: int 
             such layer.
     """
     config = model.config
-    require(tokens.dim() == 1 and len(tokens) > 0, f"tokens must be (n,); got {tuple(tokens.shape)}")
+    require(
+        tokens.dim() == 1 and len(tokens) > 0, f"tokens must be (n,); got {tuple(tokens.shape)}"
+    )
     require(
         0 < window <= config.max_positions,
         f"window must be 1 to {config.max_positions}, the model's positions; got {window}",
