@@ -26,6 +26,10 @@ PROMPTS = (
 )
 
 
+# a dense model with as many active parameters, trained on the same tokens: its curve goes with it
+DENSE_TWIN = {"lab-moe": "lab-dense"}
+
+
 def decode_speed(model: Transformer, threads: int, n_new: int = 128) -> float:
     """Tokens a second of greedy decoding at batch 1 with a KV cache: the best of three runs."""
     before = torch.get_num_threads()
@@ -73,6 +77,10 @@ def write_card(name: str, corpus: Path, run: Path, folder: Path) -> None:
         tokens = lm.encode(prompt)
         text = lm.decode(generate(lm.model, tokens, 64, eos=lm.eos)[len(tokens) :])
         result["completions"].append({"prompt": prompt, "completion": text})
+    twin = DENSE_TWIN.get(name, "")
+    twins_run = run.parent / twin / "trained.pt"
+    if twins_run.is_file():
+        result["dense_twin"] = {"name": twin} | torch.load(twins_run)["result"]
     (folder / "training.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     sizes = json.loads((corpus / "corpus.json").read_text())
     manifest = json.loads((corpus / "manifest.json").read_text())
@@ -97,7 +105,12 @@ def render(name: str, result: dict, sizes: dict, manifest: dict) -> str:
             f"{result['active_parameters']:,} parameters are active. On held-out text the busiest "
             f"expert of each layer gets {loads} times the mean load.\n\n"
         )
-    rows = {"this model": result["heldout_bits_per_byte"]} | sizes["bits_per_byte"]
+    rows = {"this model": result["heldout_bits_per_byte"]}
+    twin = result.get("dense_twin")
+    if twin:
+        what = f"{twin['name']}: dense, {twin['parameters']:,} parameters, the same tokens"
+        rows[what] = twin["heldout_bits_per_byte"]
+    rows |= sizes["bits_per_byte"]
     scores = "".join(f"| {what} | {bits:.3f} |\n" for what, bits in rows.items())
     curve = result["curve"]
     points = curve[:: max(1, len(curve) // 10)]
@@ -114,6 +127,7 @@ def render(name: str, result: dict, sizes: dict, manifest: dict) -> str:
         f"{recipe['batch'] * recipe['context']:,} tokens, Muon for the matrices, AdamW for the "
         f"rest, seed {recipe['seed']}. The last column is measured on a part of the held-out text."
     )
+    training += "".join(f" {note}" for note in result.get("notes", ()))
     completions = "".join(
         f"```python\n{c['prompt']}⟫{c['completion']}\n```\n\n" for c in result["completions"]
     )
