@@ -372,3 +372,9 @@ def test_the_command_trains_a_toy_in_less_than_a_minute(small_corpus, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "bits a byte" in done.stdout and "100%" in done.stderr
     assert (tmp_path / "trained.pt").is_file() and time.perf_counter() - began < 60
+
+
+def test_without_a_corpus_it_says_how_to_make_one(tmp_path):
+    with pytest.raises(BadInput, match="is missing; make it with: python -m llmopt_lab.nn.train"):
+        run(TOY, tmp_path / "nowhere", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

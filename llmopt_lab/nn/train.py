@@ -295,7 +295,12 @@ def train(recipe: Recipe, corpus: Path, out: Path, say=print) -> dict:
     Returns:
         What training.json holds: recipe, curve, held-out results, environment.
     """
-    sizes = json.loads((corpus / "corpus.json").read_text())
+    facts = corpus / "corpus.json"
+    require(
+        facts.is_file(),
+        f"{facts} is missing; make it with: python -m llmopt_lab.nn.train corpus --corpus {corpus}",
+    )
+    sizes = json.loads(facts.read_text())
     recipe = replace(recipe, config=replace(recipe.config, n_vocab=sizes["n_vocab"]))
     device = pick_device()
     on_gpu = device.type == "cuda"
