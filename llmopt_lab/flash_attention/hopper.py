@@ -147,6 +147,15 @@ def _absorb(scores, m, total, scale_log2, row, first_k, n_q, n_k, CAUSAL: gl.con
 
 
 @jit
+def _wait_for_turn(turn, step, WHO: gl.constexpr):
+    """The groups multiply in a ring: 0 begins, each hands on to the next after every step."""
+    if WHO == 0:
+        mbarrier.wait(turn.index(0), (step & 1) ^ 1)
+    else:
+        mbarrier.wait(turn.index(WHO), step & 1)
+
+
+@jit
 def _step(q, k_s, v_s, bars, p, acc, m, total, step, scale_log2, row, first_k, n_q, n_k,
           WHO: gl.constexpr, GROUPS: gl.constexpr, CAUSAL: gl.constexpr, MASKED: gl.constexpr,
           D: gl.constexpr, OVERLAP: gl.constexpr, TURNS: gl.constexpr, TILE_K: gl.constexpr,
@@ -164,10 +173,7 @@ def _step(q, k_s, v_s, bars, p, acc, m, total, step, scale_log2, row, first_k, n
             0, deps=[warpgroup_mma(p, v_s.index(before).reshape([TILE_K, D]), acc, is_async=True)])
         mbarrier.arrive(v_free.index(before), count=1)
     if TURNS:
-        if WHO == 0:
-            mbarrier.wait(turn.index(0), (step & 1) ^ 1)
-        else:
-            mbarrier.wait(turn.index(WHO), step & 1)
+        _wait_for_turn(turn, step, WHO)
     k = k_s.index(stage).reshape([TILE_K, D])
     pending = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
     if OVERLAP:
@@ -229,10 +235,7 @@ def _consume(descs, tiles, bars, sizes, lse_ptr, scale_log2,
         stage = step % STAGES
         mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
         if TURNS:
-            if WHO == 0:
-                mbarrier.wait(turn.index(0), (step & 1) ^ 1)
-            else:
-                mbarrier.wait(turn.index(WHO), step & 1)
+            _wait_for_turn(turn, step, WHO)
         k = k_s.index(stage).reshape([TILE_K, D])
         pending = warpgroup_mma(q, k.permute((1, 0)), zeros, use_acc=False, is_async=True)
         if TURNS:
