@@ -31,7 +31,7 @@ MAX_CELLS = 12  # a side of a grid: beyond it, a row or column stands for a tile
 TILED = (Absorbed, Skipped, Finished, SplitDone, Merged)
 NAIVE = (Scored, Normalized, Weighted)
 LEGEND = (
-    ("new", "on chip now"),
+    ("new", "this step"),
     ("active", "absorbed, then dropped"),
     ("bad", "computed, then masked"),
     ("cached", "skipped: never read"),
@@ -40,9 +40,9 @@ LEGEND = (
     ("idle", "not reached"),
 )
 NAIVE_LEGEND = (
-    ("new", "written to HBM now"),
-    ("good", "in HBM, written before"),
-    ("bad", "masked, and stored"),
+    ("new", "this step"),  # the words of LEGEND: beside each other, both runs share one legend
+    ("good", "in HBM"),
+    ("bad", "computed, then masked"),
     ("idle", "not reached"),
 )
 

@@ -374,7 +374,8 @@ def on_chip(n_tokens, d_head, budget):
             f"{tile_k} keys leave room for {tile_q} queries in {budget} KiB. Naive moves "
             f"{ratio:.1f} times what flash attention (queries outside) moves."
         )
-        made.append(Frame(caption, (Bars("moved for one head", bars, "MB"),)))
+        legend = (("bad", "stores scores"), ("idle", "first paper"), ("good", "second paper"))
+        made.append(Frame(caption, (Bars("moved for one head", bars, "MB"),), legend=legend))
     return Player(made)
 
 
