@@ -54,7 +54,7 @@ class NGram:
         tokens = np.asarray(tokens)
         require(tokens.ndim == 1, f"tokens must be one row, (n,); got {tokens.shape}")
         require(
-            tokens.size == 0 or (tokens.min() >= 0 and tokens.max() < self.n_vocab),
+            tokens.size == 0 or bool(tokens.min() >= 0 and tokens.max() < self.n_vocab),
             f"tokens must lie in [0, {self.n_vocab})",
         )
         return tokens.astype(np.uint64)
