@@ -2,7 +2,7 @@
 
 import re
 import xml.etree.ElementTree as ET
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -17,9 +17,11 @@ from llmopt_lab.widgets.panels import (
     Bar,
     Bars,
     Cell,
+    Chart,
     Frame,
     Grid,
     Lanes,
+    Line,
     Meter,
     Span,
     Token,
@@ -32,6 +34,7 @@ POOL = Grid("pool", (), (tuple(Cell(str(i)) for i in range(8)),), tuple("abcdefg
 PANELS = {
     "Grid": TABLE,
     "Bars": Bars("load", (Bar("expert 0", 3.5), Bar("expert 1", 0, "bad")), "tokens"),
+    "Chart": Chart("error", (Line("RTN", ((0, 0), (4, 2.5))), Line("later", ())), "columns", "%"),
     "Lanes": Lanes("who runs", ("A",), ((Span(0, 4, "prefill"), Span(4, 9.5, "d")),), "ms", 5),
     "Meter": Meter("in use", 12, "blocks", 16),
     "Tokens": Tokens("text", (Token("The"), Token(" cat", "good", "accepted"), Token("\n"))),
@@ -99,6 +102,35 @@ def test_a_bar_is_as_long_as_its_value():
     root = ET.fromstring(draw_frame(Frame("c", (bars,))))
     x, y = [float(r.get("width")) for r in root.iter(f"{SVG}rect") if r.get("height") == "22"]
     assert y == pytest.approx(4 * x, abs=0.5)  # coordinates have one decimal
+
+
+def test_a_line_goes_through_its_points_and_its_label_stands_at_its_end():
+    lines = Line("low", ((0, 0), (2, 5), (4, 5))), Line("cut", ((0, 10), (4, 40)), "bad")
+    root = ET.fromstring(draw_frame(Frame("c", (Chart("t", lines, "columns", "%", top=10),))))
+    paths = [p.get("d") for p in root.iter(f"{SVG}path") if p.get("class") == "lm-a"]
+    (x0, y0), (x1, y1), (x2, y2) = [map(float, p.split()) for p in paths[0][1:].split("L")]
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
+    assert y1 == y2 < y0
+    (_, top), (_, cut) = [map(float, p.split()) for p in paths[1][1:].split("L")]
+    assert top == cut == pytest.approx(2 * y1 - y0, abs=0.2)
+    words = {t.text: float(t.get("y")) for t in root.iter(f"{SVG}text")}
+    assert words["low 5 %"] == pytest.approx(y2 + 4, abs=0.2)
+    assert words["cut 40 %"] < words["low 5 %"]
+    close = Line("a", ((0, 1),)), Line("b", ((0, 1.01),)), Line("c", ((0, 1.02),))
+    root = ET.fromstring(draw_frame(Frame("c", (Chart("t", close),))))
+    places = [
+        float(t.get("y")) for t in root.iter(f"{SVG}text") if t.text[:2] in ("a ", "b ", "c ")
+    ]
+    assert [a - b for a, b in pairwise(places)] == pytest.approx([16, 16])
+
+
+def test_heat_is_a_share_of_a_cell_s_strong_colour():
+    def layers(heat):
+        root = ET.fromstring(draw_frame(Frame("c", (Grid("g", (), ((Cell("x", heat=heat),),)),))))
+        return [r.get("opacity") for r in root.iter(f"{SVG}rect") if r.get("opacity")]
+
+    assert layers(0) == []
+    assert layers(0.5) == ["0.25"] and layers(1) == ["0.50"]
 
 
 def test_a_span_stands_where_its_times_say():
@@ -200,6 +232,10 @@ def test_the_legend_names_the_tones_in_use_and_no_others():
         (Bars("b", (Bar("x", float("nan")),)), "is nan"),
         (Bars("b", (Bar("x", -1),)), "cannot be negative"),
         (Bars("b", (Bar("x", 1),), top=float("inf")), "is inf"),
+        (Grid("g", (), ((Cell(heat=1.5),),)), "heat is a share, 0 to 1; got 1.5"),
+        (Chart("t", (Line("x", ((0, -1),)),)), "negative y"),
+        (Chart("t", (Line("x", ((float("nan"), 1),)),)), "is nan"),
+        (Chart("t", (), top=float("inf")), "is inf"),
         (Lanes("l", ("a",), ()), "0 lanes and 1 labels"),
         (Lanes("l", ("a",), ((Span(3, 1, "s"),),)), "before its start"),
         (Lanes("l", ("a",), ((),), now=float("nan")), "now of Lanes"),
@@ -238,7 +274,7 @@ tones = st.sampled_from(TONES)
 words = st.text(max_size=30)
 finite = st.floats(-1e200, 1e200) | st.integers(-(10**9), 10**9)
 positive = st.floats(0, 1e200) | st.integers(0, 10**9)
-cells = st.builds(Cell, words, tones, words)
+cells = st.builds(Cell, words, tones, words, st.floats(0, 1))
 grids = st.lists(st.lists(cells, max_size=7).map(tuple), max_size=5).flatmap(
     lambda rows: st.builds(
         Grid,
@@ -268,11 +304,26 @@ bars = st.builds(
     words,
     st.none() | finite,
 )
+charts = st.builds(
+    Chart,
+    words,
+    st.lists(
+        st.builds(
+            Line, words, st.lists(st.tuples(finite, positive), max_size=20).map(tuple), tones
+        ),
+        max_size=4,
+    ).map(tuple),
+    words,
+    words,
+    st.none() | finite,
+)
 meters = st.builds(Meter, words, finite, words, st.none() | finite, tones)
 tokens = st.builds(
     Tokens, words, st.lists(st.builds(Token, words, tones, words), max_size=12).map(tuple)
 )
-panels = st.lists(grids | lanes | bars | meters | tokens, min_size=1, max_size=4).map(tuple)
+panels = st.lists(grids | lanes | bars | charts | meters | tokens, min_size=1, max_size=4).map(
+    tuple
+)
 frames = st.builds(Frame, words, panels)
 
 

@@ -18,6 +18,7 @@ from llmopt_lab.widgets.panels import (
     Arrows,
     Bars,
     Cell,
+    Chart,
     Frame,
     Grid,
     Lanes,
@@ -34,6 +35,7 @@ GAP = 24
 ARROW_GAP = 64  # between grids that arrows connect
 TITLE_HEIGHT = 26
 BAR_PITCH = 30  # from one bar to the next
+CHART_HEIGHT = 150  # of a chart's scale
 MONO_EM, SANS_EM = 0.61, 0.6  # width of one character in ems, generous for the fonts asked for
 
 
@@ -95,6 +97,12 @@ def describe(frame: Frame) -> Iterator[str]:
                 for bar in panel.bars:
                     value = f"{number(bar.value)} {panel.unit}".strip()
                     yield f"{_say(bar.label, bar.tone, frame)} {value}. "
+            case Chart():
+                for line in panel.lines:
+                    n = len(line.points)
+                    told = line.points if n <= 12 else line.points[:: n - 1]  # else its ends
+                    points = ", ".join(f"{number(y)} at {number(x)}" for x, y in told)
+                    yield f"{_say(line.label, line.tone, frame)}, {panel.unit}: {points}. "
             case Lanes():
                 for label, lane in zip(panel.labels, panel.lanes, strict=True):
                     spans = ", ".join(
@@ -140,6 +148,11 @@ def _check(frame: Frame) -> None:
                     f"Grid {panel.title!r} has {len(panel.rows)} rows and "
                     f"{len(panel.row_labels)} row labels; give one label a row, or none",
                 )
+                for cell in (cell for row in panel.rows for cell in row):
+                    require(
+                        0 <= cell.heat <= 1,
+                        f"Grid {panel.title!r}: heat is a share, 0 to 1; got {cell.heat}",
+                    )
             case Arrows():
                 for pair in panel.pairs:
                     for g, r, c in pair:
@@ -160,6 +173,17 @@ def _check(frame: Frame) -> None:
                     )
                 if panel.top is not None:
                     _finite(panel.top, f"top of Bars {panel.title!r}")
+            case Chart():
+                for line in panel.lines:
+                    what = f"Chart {panel.title!r}, line {line.label!r}"
+                    for value in (value for point in line.points for value in point):
+                        _finite(value, what)
+                    require(
+                        all(y >= 0 for _, y in line.points),
+                        f"{what} has a negative y; charts start at 0",
+                    )
+                if panel.top is not None:
+                    _finite(panel.top, f"top of Chart {panel.title!r}")
             case Lanes():
                 require(
                     len(panel.labels) == len(panel.lanes),
@@ -192,6 +216,8 @@ def _tones(panel: Panel) -> Iterator[str]:
             yield from (cell.tone for row in panel.rows for cell in row)
         case Bars():
             yield from (bar.tone for bar in panel.bars)
+        case Chart():
+            yield from (line.tone for line in panel.lines)
         case Lanes():
             yield from (span.tone for lane in panel.lanes for span in lane)
         case Meter():
@@ -213,6 +239,7 @@ class Room:
     cell_height: Px = 0
     size: int = 13  # of the words in a grid's cells
     span: tuple[float | int, float | int] = (0, 1)  # values at the left and right end of the scale
+    top: float | int = 1  # value at the upper end of a chart
 
 
 def _place(frames: Sequence[Frame], width: int) -> list[list[Room]]:
@@ -307,17 +334,27 @@ def _measure(slot: list, width: Px) -> Room:
             label = max((_wide(bar.label, SANS_EM) for p in slot for bar in p.bars), default=0)
             top = max((_top(p) for p in slot), default=1)
             return Room(min(520, width), label=min(label, 150) + 32, span=(0, top))
+        case Chart():
+            points = [point for p in slot for line in p.lines for point in line.points]
+            top = max((_top(p) for p in slot), default=1)
+            ticks = max(_wide(number(t), SANS_EM, 12) for t in _ticks(0, top, 4))
+            ends = [x for x, _ in points]
+            return Room(min(560, width), label=ticks + 10, span=_range(ends), top=top)
         case Lanes():
             label = max((_wide(text, SANS_EM) for p in slot for text in p.labels), default=0)
             ends = [t for p in slot for lane in p.lanes for s in lane for t in (s.start, s.end)]
             ends += [p.now for p in slot if p.now is not None]
-            first, last = min(ends, default=0), max(ends, default=1)
-            first = 0 if 0 <= first < 0.5 * last else first
-            if last - first < max(1e-9 * max(abs(first), abs(last)), 1e-200):  # one moment
-                last = first + max(1, 1e-3 * abs(first))
-            span = (first, last)
-            return Room(min(560, width), label=min(label, 130) + 10, span=span)
+            return Room(min(560, width), label=min(label, 130) + 10, span=_range(ends))
     return Room(min(520, width))
+
+
+def _range(ends: Sequence[Px]) -> tuple[Px, Px]:
+    """The ends of a scale that holds all of `ends`; from 0 where that is not far."""
+    first, last = min(ends, default=0), max(ends, default=1)
+    first = 0 if 0 <= first < 0.5 * last else first
+    if last - first < max(1e-9 * max(abs(first), abs(last)), 1e-200):  # one moment
+        last = first + max(1, 1e-3 * abs(first))
+    return first, last
 
 
 def _fill(room: Room, slot: list) -> None:
@@ -332,6 +369,8 @@ def _fill(room: Room, slot: list) -> None:
             room.height = TITLE_HEIGHT + 60
         case Bars():
             room.height = TITLE_HEIGHT + BAR_PITCH * max(len(p.bars) for p in slot)
+        case Chart():
+            room.height = TITLE_HEIGHT + CHART_HEIGHT + 24
         case Lanes():
             room.height = TITLE_HEIGHT + 36 * max(len(p.lanes) for p in slot) + 24
         case Tokens():
@@ -339,8 +378,13 @@ def _fill(room: Room, slot: list) -> None:
             room.height = TITLE_HEIGHT + 36 * lines - 6
 
 
-def _top(panel: Bars) -> Px:
-    top = max((bar.value for bar in panel.bars), default=0) if panel.top is None else panel.top
+def _top(panel: Bars | Chart) -> Px:
+    if panel.top is not None:
+        top = panel.top
+    elif isinstance(panel, Bars):
+        top = max((bar.value for bar in panel.bars), default=0)
+    else:
+        top = max((y for line in panel.lines for _, y in line.points), default=0)
     return top if top > 0 else 1
 
 
@@ -366,6 +410,8 @@ def _picture(
                 yield from _grid(panel, room)
             case Bars():
                 yield from _bars(panel, room)
+            case Chart():
+                yield from _chart(panel, room)
             case Lanes():
                 yield from _lanes(panel, room)
             case Meter():
@@ -406,7 +452,10 @@ def _cell(cell: Cell, x: Px, y: Px, room: Room) -> str:
         mark = _mark(cell.tone, x + width / 2, y + height / 2)
     else:
         mark = _mark(cell.tone, x + width - 8, y + 8) if height > 30 else ""
-    return f'<g class="lm-{cell.tone}">{_box(x, y, width, height)}{mark}{title}</g>'
+    box, heat = _box(x, y, width, height), ""
+    if cell.heat:  # half of it at most, and the text has a halo
+        heat = box.replace('"lm-f"', f'"lm-g" opacity="{0.5 * cell.heat:.2f}"')
+    return f'<g class="lm-{cell.tone}">{box}{heat}{mark}{title}</g>'
 
 
 def _grid_words(grid: Grid, room: Room) -> Iterator[str]:
@@ -457,6 +506,36 @@ def _bars(bars: Bars, room: Room) -> Iterator[str]:
             + _text(value, room.label + length + 8, y + 16, value_width - 8, "lm-c lm-s")
         )
     yield f'<path class="lm-l" d="{base}"/>'
+
+
+def _chart(chart: Chart, room: Room) -> Iterator[str]:
+    yield _text(chart.title, 0, 14, room.width, "lm-t")
+    first, last = room.span
+    left, right, top = room.label, room.width - 120, TITLE_HEIGHT
+    bottom = top + CHART_HEIGHT
+
+    def at(x: Px, y: Px) -> tuple[Px, Px]:
+        height = min(y, room.top) / room.top * CHART_HEIGHT
+        return left + (x - first) / (last - first) * (right - left), bottom - height
+
+    across = [(t, at(first, t)[1]) for t in _ticks(0, room.top, 4)]
+    yield "".join(f'<path class="lm-l" d="M{_n(left)} {_n(y)}H{_n(right)}"/>' for _, y in across)
+    yield "".join(_text(number(t), left - 6, y + 4, left, "lm-m lm-s", "end") for t, y in across)
+    along = [(t, at(t, 0)[0]) for t in _ticks(first, last, max(2, int((right - left) / 70)))]
+    yield "".join(_text(number(t), x, bottom + 17, 60, "lm-m lm-s", "middle") for t, x in along)
+    yield _text(chart.x_label, right + 14, bottom + 17, 106, "lm-m lm-s")
+    label = bottom + 20
+    for line in sorted(filter(lambda x: x.points, chart.lines), key=lambda x: x.points[-1][1]):
+        places = [at(*point) for point in line.points]
+        x, y = places[-1]
+        path = "L".join(f"{_n(a)} {_n(b)}" for a, b in places)
+        label = min(y + 4, label - 16)  # upwards from the lowest line, no two on one another
+        value = f"{line.label} {number(line.points[-1][1])} {chart.unit}".strip()
+        yield (
+            f'<g class="lm-{line.tone}"><path class="lm-a" d="M{path}"/>'
+            f'<circle class="lm-f" cx="{_n(x)}" cy="{_n(y)}" r="6"/>{_mark(line.tone, x, y)}</g>'
+            + _text(value, x + 11, label, room.width - x - 11, "lm-c lm-s")
+        )
 
 
 def _lanes(lanes: Lanes, room: Room) -> Iterator[str]:
@@ -607,7 +686,7 @@ class Legend:
 
 def _legend(frames: Sequence[Frame], width: Px) -> Legend:
     """What each tone of the series means, on one or more lines."""
-    panels = [p for frame in frames for p in frame.panels if not isinstance(p, Meter)]
+    panels = [p for frame in frames for p in frame.panels if not isinstance(p, Meter | Chart)]
     used = {tone for panel in panels for tone in _tones(panel)}
     names = {tone: name for frame in frames for tone, name in frame.legend}
     if used <= {"idle"} and not names:

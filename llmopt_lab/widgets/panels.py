@@ -17,11 +17,16 @@ TONES = ("idle", "active", "shared", "new", "cached", "bad", "good") + tuple(
 
 @dataclass(frozen=True)
 class Cell:
-    """One square of a grid. `text` is drawn in it; `note` is its full name for a screen reader."""
+    """One square of a grid. `text` is drawn in it; `note` is its full name for a screen reader.
+
+    `heat`, 0 to 1, fills the square with its tone's strong colour: the cells of a heat map. Say the
+    value in `text` or `note` as well.
+    """
 
     text: str = ""
     tone: str = "idle"
     note: str = ""
+    heat: float | int = 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,26 @@ class Bars:
 
     title: str
     bars: tuple[Bar, ...]
+    unit: str = ""
+    top: float | int | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a chart through its points (x, y), x rising. Its label stands at its end."""
+
+    label: str
+    points: tuple[tuple[float | int, float | int], ...]
+    tone: str = "active"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines over one scale of x, y from 0 to `top` (the largest y if None)."""
+
+    title: str
+    lines: tuple[Line, ...]
+    x_label: str = ""
     unit: str = ""
     top: float | int | None = None
 
@@ -112,7 +137,7 @@ class Tokens:
     tokens: tuple[Token, ...]
 
 
-Panel = Grid | Arrows | Bars | Lanes | Meter | Tokens
+Panel = Grid | Arrows | Bars | Chart | Lanes | Meter | Tokens
 
 
 @dataclass(frozen=True)
