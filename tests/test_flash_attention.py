@@ -28,7 +28,10 @@ from llmopt_lab.flash_attention.cases import (
     RAGGED,
     attention_inputs,
     attention_oracle,
+    cost_of,
     guides_flash_attention,
+    layer_inputs,
+    long_text,
     lse_oracle,
     ragged,
     realistic,
@@ -53,6 +56,8 @@ from llmopt_lab.flash_attention.io_model import (
 from llmopt_lab.flash_attention.key_outer import key_outer_attention
 from llmopt_lab.flash_attention.records import Absorbed, Recomputed, Skipped
 from llmopt_lab.flash_attention.reference import finish
+from llmopt_lab.nn.config import ModelConfig
+from llmopt_lab.nn.transformer import Transformer, causal_attention
 
 TILES = [(16, 8), (5, 3), (7, 64), (64, 5)]
 ALL_CASES = range(len(RAGGED))
@@ -710,3 +715,82 @@ def test_the_realistic_prompt_has_llamas_heads():
     out = flash_attention(q, k, v, causal=True, tile_q=32, tile_k=32)
     assert (q.shape, k.shape) == ((1, 32, 40, 128), (1, 8, 40, 128))
     assert_close(out, attention_oracle(q, k, v, causal=True))
+
+
+# What the notebook reads and measures with
+
+
+def small_model() -> Transformer:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        n_vocab=40,
+        d_model=24,
+        n_layers=3,
+        n_heads=4,
+        n_kv_heads=2,
+        d_head=6,
+        d_ff=32,
+        max_positions=16,
+    )
+    return Transformer(config).double().eval()
+
+
+@pytest.mark.parametrize("layer", range(3))
+def test_a_layers_queries_and_keys_are_those_the_model_attends_with(layer):
+    model, tokens = small_model(), torch.arange(11) * 7 % 40
+    q, k, v = layer_inputs(model, tokens, layer=layer, window=16)
+    assert q.shape == (4, 11, 6) and k.shape == v.shape == (2, 11, 6)
+
+    def put_back(q_, k_, v_, *, layer, scale):
+        if layer != wanted:
+            return causal_attention(q_, k_, v_, layer=layer, scale=scale)
+        return attention_oracle(q[None], k[None], v[None], causal=True)
+
+    wanted = layer
+    assert_close(model(tokens[None], attend=put_back), model(tokens[None]))
+
+
+def test_a_text_longer_than_the_model_is_read_in_windows_from_position_0():
+    model, tokens = small_model(), torch.arange(23) * 7 % 40
+    whole = layer_inputs(model, tokens, layer=1, window=9)
+    parts = [
+        layer_inputs(model, part, layer=1, window=16)
+        for part in (tokens[:9], tokens[9:18], tokens[18:])
+    ]
+    for got, want in zip(whole, zip(*parts, strict=True), strict=True):
+        assert_close(got, torch.cat(want, dim=1))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"tokens": torch.zeros(2, 3, dtype=torch.long)}, r"tokens must be \(n,\); got \(2, 3\)"),
+        ({"tokens": torch.zeros(0, dtype=torch.long)}, r"tokens must be \(n,\); got \(0,\)"),
+        ({"window": 17}, "window must be 1 to 16, the model's positions; got 17"),
+        ({"window": 0}, "window must be 1 to 16, the model's positions; got 0"),
+        ({"layer": 3}, "the model has layers 0 to 2; got 3"),
+        ({"layer": -1}, "the model has layers 0 to 2; got -1"),
+    ],
+)
+def test_a_layer_or_window_the_model_has_not_is_refused(bad, message):
+    with pytest.raises(BadInput, match=message):
+        layer_inputs(small_model(), **{"tokens": torch.arange(4), "layer": 0, "window": 16, **bad})
+
+
+def test_the_long_text_is_python_of_260_kb():
+    text = long_text()
+    assert len(text.encode()) == 259_981 and text.count("\n    def ") > 100
+
+
+def test_the_cost_of_a_call_is_the_most_it_held_at_once():
+    one = 1000 * 4
+
+    def three_of_which_two_at_once():
+        a = torch.zeros(1000)
+        b = a.clone()
+        del a
+        return b.clone()
+
+    assert cost_of(three_of_which_two_at_once).peak_nbytes == 2 * one
+    assert cost_of(lambda: None).peak_nbytes == 0
+    assert cost_of(lambda: torch.zeros(1000)).seconds > 0
