@@ -1,0 +1,86 @@
+"""Inputs shared by tests, benchmarks and the notebook."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmopt_lab.moe.expert_choice import expert_choice_layer
+
+
+class Layer(NamedTuple):
+    """The arguments of `moe_layer`, in its order."""
+
+    x: Tensor  # (n_tokens, d)
+    router: Tensor  # (d, n_experts)
+    w_gate_up: Tensor  # (n_experts, d, 2 * d_ff)
+    w_down: Tensor  # (n_experts, d_ff, d)
+
+
+def layer(
+    n_tokens: int,
+    d: int,
+    d_ff: int,
+    n_experts: int,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    peak: float = 3.0,
+) -> Layer:
+    """Random tokens and weights that keep the size of what passes through them.
+
+    `peak` scales the router: at 3 a token prefers some experts clearly, and a result made with
+    wrong weights is far off.
+    """
+    rng = torch.Generator(device).manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng, device=device, dtype=dtype)
+
+    return Layer(
+        draw(n_tokens, d),
+        peak * d**-0.5 * draw(d, n_experts),
+        d**-0.5 * draw(n_experts, d, 2 * d_ff),
+        d_ff**-0.5 * draw(n_experts, d_ff, d),
+    )
+
+
+# n_tokens, d, d_ff, n_experts, k: no size a multiple of a tile; one token, one expert, all experts
+RAGGED = (
+    (37, 12, 7, 5, 2),
+    (1, 3, 5, 8, 2),
+    (20, 9, 4, 6, 1),
+    (11, 5, 3, 3, 3),
+    (3, 4, 2, 1, 1),
+    (6, 7, 3, 40, 8),
+)
+
+
+def toy() -> Layer:
+    """6 tokens of width 4; 4 experts of width 2. With k = 2 all visit expert 1, and nobody 3.
+
+    The router is the identity: a token is its own logits.
+    """
+    rows = [
+        [1, 2, 0, -1], [0, 2, 1, -1], [2, 1, 0, 0],
+        [0, 1, 2, 0], [1, 2, 0, 0], [0, 2, 1, -1],
+    ]  # fmt: skip
+    weights = layer(1, 4, 2, 4, dtype=torch.float32)
+    return weights._replace(x=torch.tensor(rows, dtype=torch.float32), router=torch.eye(4))
+
+
+def strip_example(reference) -> list[Tensor]:
+    """A run that reaches every `record(...)` of the room."""
+    case = [w.requires_grad_() for w in layer(9, 5, 3, 4)]
+    rng = torch.Generator().manual_seed(1)
+    bias = torch.randn(4, generator=rng, dtype=torch.float64)
+    shared = tuple(torch.randn(s, generator=rng, dtype=torch.float64) for s in ((5, 4), (2, 5)))
+    outs = [
+        reference.moe_layer(*case, k=2),
+        reference.moe_layer(*case, k=1, capacity=2),
+        reference.moe_layer(*case, k=3, bias=bias, score="sigmoid", shared=shared),
+        expert_choice_layer(*case, capacity=4),
+    ]
+    grads = torch.autograd.grad(sum(out.square().sum() for out in outs), case)
+    return [out.detach() for out in outs] + list(grads)
