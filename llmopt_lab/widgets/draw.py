@@ -511,7 +511,7 @@ def _bars(bars: Bars, room: Room) -> Iterator[str]:
 def _chart(chart: Chart, room: Room) -> Iterator[str]:
     yield _text(chart.title, 0, 14, room.width, "lm-t")
     first, last = room.span
-    left, right, top = room.label, room.width - 120, TITLE_HEIGHT
+    left, right, top = room.label, room.width - 150, TITLE_HEIGHT
     bottom = top + CHART_HEIGHT
 
     def at(x: Px, y: Px) -> tuple[Px, Px]:
@@ -523,7 +523,7 @@ def _chart(chart: Chart, room: Room) -> Iterator[str]:
     yield "".join(_text(number(t), left - 6, y + 4, left, "lm-m lm-s", "end") for t, y in across)
     along = [(t, at(t, 0)[0]) for t in _ticks(first, last, max(2, int((right - left) / 70)))]
     yield "".join(_text(number(t), x, bottom + 17, 60, "lm-m lm-s", "middle") for t, x in along)
-    yield _text(chart.x_label, right + 14, bottom + 17, 106, "lm-m lm-s")
+    yield _text(chart.x_label, right + 14, bottom + 17, 136, "lm-m lm-s")
     label = bottom + 20
     for line in sorted(filter(lambda x: x.points, chart.lines), key=lambda x: x.points[-1][1]):
         places = [at(*point) for point in line.points]
