@@ -34,6 +34,13 @@ LEGEND = (
     ("active", "moved by this step"),
     ("idle", "not rounded yet"),
 )
+PACKING_LEGEND = (
+    ("owner0", "low half"),
+    ("owner1", "high half"),
+    ("good", "packed"),
+    ("bad", "wrong"),
+    ("idle", "to come"),
+)
 
 
 @dataclass
@@ -343,10 +350,7 @@ def packing_frames(codes: Tensor, packed: Tensor, back: Tensor) -> list[Frame]:
             Grid(f"byte {i}", (), (halves,), tuple("76543210")),
             Meter("packed", i + 1, "bytes", second + 1, "good"),
         )
-        legend = (
-            ("owner0", "low half"), ("owner1", "high half"), ("good", "packed"), ("bad", "wrong")
-        )  # fmt: skip
-        result.append(Frame(caption, panels, legend=legend))
+        result.append(Frame(caption, panels, legend=PACKING_LEGEND))
     return result
 
 
