@@ -13,8 +13,10 @@ from llmopt_lab.quantization.gptq import output_error
 from llmopt_lab.quantization.input_scales import awq_scales
 from llmopt_lab.quantization.records import ColumnQuantized, GroupScaled, TileFinished
 from llmopt_lab.quantization.view import (
+    budget_frames,
     frames,
     packing_frames,
+    quality_frames,
     rounding_frames,
     scales_frame,
     search_frames,
@@ -249,6 +251,64 @@ def test_the_search_for_awq_s_scales_ends_at_the_one_it_took():
     rtn = output_error(weight, dequantize(quantize(weight, bits=4)), h)
     ours = output_error(weight, dequantize(quantize(weight * scales, bits=4)) / scales, h)
     assert share == pytest.approx(100 * ours / rtn)
+
+
+def row(bits, group_size, excess, *, method="rtn", symmetric=True, **how) -> dict:
+    """One row of the measured results, made up."""
+    how |= {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric}
+    cost = bits + 16 / (group_size or 512)
+    return {"how": how, "excess": excess, "perplexity": 5 + excess, "bits_per_weight": cost}
+
+
+RECORD = {
+    "float": {"perplexity": 5.0},
+    "rows": [
+        row(4, 128, 0.30),
+        row(4, 128, 0.10, method="gptq"),
+        row(4, 128, 0.20, method="gptq", act_order=True),
+        row(4, None, 0.50),
+        row(3, 32, 0.25),
+        row(3, 128, 0.05, symmetric=False),
+        {"how": {"method": "w8a8", "bits": 8}, "bits_per_weight": 8.1, "excess": 0.0},
+    ],
+}
+
+
+def test_measured_perplexities_stand_beside_the_float_model_a_frame_a_group_size():
+    run = quality_frames(RECORD, bits=4)
+    assert [frame.caption for frame in run] == [
+        "4 bits, groups of 128: 4.12 bits a weight. Bits per byte of text above the float model: "
+        "nearest +0.300, GPTQ +0.100, GPTQ, act-order +0.200.",
+        "4 bits, one scale a row: 4.03 bits a weight. Bits per byte of text above the float model: "
+        "nearest +0.500.",
+    ]
+    bars = [(bar.label, bar.value, bar.tone) for bar in run[0].panels[0].bars]
+    assert bars == [
+        ("float", 5.0, "idle"),
+        ("nearest", 5.3, "active"),
+        ("GPTQ", 5.1, "good"),
+        ("GPTQ, act-order", 5.2, "active"),
+    ]
+    assert (
+        "3 bits, groups of 128, zero point"
+        in quality_frames(RECORD, bits=3, symmetric=False)[0].caption
+    )
+    with pytest.raises(BadInput, match="not measured on this model: 8 bits with zero point"):
+        quality_frames(RECORD, bits=8, symmetric=False)
+
+
+def test_a_budget_takes_the_best_that_costs_no_more():
+    cheap, rich = budget_frames(RECORD, (2.0, 3.2, 4.2))
+    assert cheap.caption == (
+        "At most 3.2 bits a weight. Best of each way: nearest: 3 bits, groups of 128, zero point."
+    )
+    assert [(bar.label, bar.value) for bar in rich.panels[0].bars] == [
+        ("nearest", 0.05),
+        ("GPTQ", 0.10),
+        ("GPTQ, act-order", 0.20),
+    ]
+    with pytest.raises(BadInput, match="nothing was measured with at most 2 bits"):
+        budget_frames(RECORD, (2,))
 
 
 def test_every_tone_has_a_name_and_every_word_says_what_it_is():

@@ -5,7 +5,7 @@ with recording() as trace:
 Player(frames(trace, weight=weight, hessian=hessian, rounded=dequantize(quantize(weight, bits=3))))
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
@@ -34,6 +34,13 @@ LEGEND = (
     ("active", "moved by this step"),
     ("idle", "not rounded yet"),
 )
+BEST_LEGEND = (("idle", "float"), ("good", "best"), ("active", "others"))
+WAYS = {  # of rounding, as the measured results have them
+    "nearest": {"method": "rtn"},
+    "AWQ": {"method": "awq"},
+    "GPTQ": {"method": "gptq"},
+    "GPTQ, act-order": {"method": "gptq", "act_order": True},
+}
 PACKING_LEGEND = (
     ("owner0", "low half"),
     ("owner1", "high half"),
@@ -376,6 +383,99 @@ def search_frames(trace: Trace) -> list[Frame]:
         chart = Chart("output error, of rounding's", lines, "alpha", "%", 100 * top / base)
         result.append(_frame(step, caption, (chart,), (("new", "tried"), ("good", "best"))))
     return result
+
+
+def recorded_ways(record: dict, **how) -> dict[str, dict]:
+    """Way -> its row of one model's measured results, of the ways that were measured so.
+
+    Args:
+        record: of one model in results/perplexity.json.
+        how: bits, group_size and symmetric, as for `quantize_model`.
+    """
+    return {
+        way: row
+        for way, named in WAYS.items()
+        for row in record["rows"]
+        if row["how"] == named | how
+    }
+
+
+def quality_frames(record: dict, *, bits: int, symmetric: bool = True) -> list[Frame]:
+    """One frame a group size: measured perplexity of every way of rounding, beside the float model.
+
+    Args:
+        record: of one model in results/perplexity.json.
+
+    Raises:
+        BadInput: nothing was measured so.
+    """
+    base, result = record["float"]["perplexity"], []
+    for group_size in (32, 64, 128, None):
+        rows = recorded_ways(record, bits=bits, group_size=group_size, symmetric=symmetric)
+        if not rows:
+            continue
+        best = min(rows, key=lambda way: rows[way]["perplexity"])
+        bars = [Bar("float", base, "idle")]
+        bars += [
+            Bar(w, r["perplexity"], "good" if w == best else "active") for w, r in rows.items()
+        ]
+        excess = ", ".join(f"{way} {row['excess']:+.3f}" for way, row in rows.items())
+        caption = (
+            f"{_named(bits, group_size, symmetric)}: {rows[best]['bits_per_weight']:.3g} bits a "
+            f"weight. Bits per byte of text above the float model: {excess}."
+        )
+        panel = Bars("perplexity on held-out text", tuple(bars), "", 4 * base)
+        result.append(Frame(caption, (panel,), legend=BEST_LEGEND))
+    require(
+        bool(result),
+        f"not measured on this model: {bits} bits {'without' if symmetric else 'with'} zero point",
+    )
+    return result
+
+
+def budget_frames(record: dict, budgets: Sequence[float | int]) -> list[Frame]:
+    """One frame a budget: the best measured configuration of every way that costs no more.
+
+    Args:
+        record: of one model in results/perplexity.json.
+        budgets: bits a weight, scales and zero points included; those too small for all are left
+            out.
+    """
+    result = []
+    for budget in budgets:
+        rows = {
+            way: [
+                row
+                for row in record["rows"]
+                if row["bits_per_weight"] <= budget and row["how"].items() >= named.items()
+                and ("act_order" in row["how"]) == ("act_order" in named)
+            ]
+            for way, named in WAYS.items()
+        }  # fmt: skip
+        found = {
+            way: min(mine, key=lambda row: row["excess"]) for way, mine in rows.items() if mine
+        }
+        if not found:
+            continue
+        best = min(found, key=lambda way: found[way]["excess"])
+        bars = tuple(
+            Bar(way, max(row["excess"], 0), "good" if way == best else "active")
+            for way, row in found.items()
+        )
+        told = "; ".join(
+            f"{way}: {_named(*(row['how'][key] for key in ('bits', 'group_size', 'symmetric')))}"
+            for way, row in found.items()
+        )
+        panel = Bars("bits per byte above the float model", bars, "", 0.4)
+        caption = f"At most {budget:g} bits a weight. Best of each way: {told}."
+        result.append(Frame(caption, (panel,), legend=BEST_LEGEND))
+    require(bool(result), f"nothing was measured with at most {max(budgets)} bits a weight")
+    return result
+
+
+def _named(bits: int, group_size: int | None, symmetric: bool) -> str:
+    group = f"groups of {group_size}" if group_size else "one scale a row"
+    return f"{bits} bits, {group}" + ("" if symmetric else ", zero point")
 
 
 def _scale(q: Quantized, row: int, column: int) -> tuple[float, int]:

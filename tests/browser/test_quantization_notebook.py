@@ -62,7 +62,7 @@ def test_the_notebook_runs_and_moves(open_lab):
     lab.page.keyboard.press("Home")
     expect(bits.locator(".lm-caption").last).to_contain_text("2 bits in groups of 128: 2.125 bits")
 
-    quality = explore_with(lab, "perplexity on held-out Python")
+    quality = explore_with(lab, "perplexity on held-out text")
     model, n_bits = (quality.locator(".noUi-handle").nth(i) for i in range(2))
     expect(quality.locator(".lm-caption").last).to_contain_text("3 bits, groups of 128: 3.13 bits")
     n_bits.focus()
