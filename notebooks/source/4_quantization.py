@@ -219,7 +219,7 @@ Player(frames(trace, weight=weight, hessian=h, rounded=nearest), title="GPTQ, co
 # *Only the picture answers these:*
 # - How far ahead of the column that is rounded does the wave reach? (Here neighbouring inputs are alike.)
 # - Whose weights end farther from the original, GPTQ's or those of plain rounding? Whose output?
-# - The last column can pass its error to nobody. What does that do to the green line?
+# - The last column can pass its error to nobody. What does that do to GPTQ's line?
 #
 # **Where $U$ comes from.** After $j$ columns are fixed, only the others can move, so only their part of $H$
 # counts, and its inverse is needed. Inverting again for each column would cost $n^4$. All these
@@ -240,7 +240,7 @@ for j in (0, 4, 8):
     print(f"column {j}: U's row is {'right' if right else 'WRONG'}; that of the whole inverse is off by {off:.0%}")
 
 # %% [markdown]
-# The last column is a bug that people write: the inverse of the *whole* $H$ at every column, as if the
+# The percentages are a bug that people write: the inverse of the *whole* $H$ at every column, as if the
 # columns that are fixed could still move. It crashes nowhere. One of the exercises is to find it.
 #
 # This is the loop. `tile` columns are finished together; the columns behind them get all their
@@ -612,8 +612,8 @@ for name, how in hows.items():
 # %% [markdown]
 # (Codes of 3 bits are held in 4 here, as in most formats. The float layers are float32.)
 #
-# The large table was made in advance by `python -m llmopt_lab.quantization.measure`, which takes
-# an hour of one core: 2 to 8 bits, four group sizes, four ways, for `lab-target` also with a zero
+# The large table was made in advance by `python -m llmopt_lab.quantization.measure`, which took
+# an hour and a half of one core: 2 to 8 bits, four group sizes, four ways, for `lab-target` also with a zero
 # point, on 11 held-out files. SmolLM2-135M is a chat model of 135 million weights; it reads eight of
 # these files. Slide; a step of the player is a group size.
 
@@ -664,9 +664,8 @@ for model, record in recorded.items():
             print(f"{model:13} {bits} bits  {way:16} {row['excess']:.3f} {ratio:6.2f}")
 
 # %% [markdown]
-# **Inside one layer.** The output projection of the first layer: its real inputs are so much alike that
-# GPTQ gains most here. The picture takes 24 of its rows; each cell is an average over 4 rows and 24
-# columns. It is the picture of section 2, on a real layer.
+# **Inside one layer.** The picture of section 2, on the output projection of the first layer, with its real
+# inputs. It takes 24 of the rows; each cell is an average over 4 rows and 24 columns. Then try other layers.
 
 # %% tags=["timing", "nbval-ignore-output"]
 def inputs_of(name):
@@ -819,7 +818,7 @@ def roofline(width):
         told = ", ".join(f"{name} {us:.3g} us ({limit})" for name, (us, limit) in times.items())
         made.append(
             Frame(
-                f"{n_tokens:,} tokens at a time. Least time, and what limits it: {told}.",
+                f"Tokens at a time: {n_tokens:,}. Least time, and what limits it: {told}.",
                 (Bars("least time of one layer, of that with 16 bits", bars, "%", 100),),
                 legend=(("good", "fastest"), ("active", "others")),
             )
