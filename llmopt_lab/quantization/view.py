@@ -380,7 +380,9 @@ def search_frames(trace: Trace) -> list[Frame]:
             f"alpha {step.what.alpha:.2f}: the output error is {points[-1][1]:.0f} % of "
             f"rounding's. Best so far: alpha {best[0]:.2f} with {best[1]:.0f} %."
         )
-        chart = Chart("output error, of rounding's", lines, "alpha", "%", 100 * top / base)
+        chart = Chart(
+            "output error, plain rounding is 100 %", lines, "alpha", "%", 100 * top / base
+        )
         result.append(_frame(step, caption, (chart,), (("new", "tried"), ("good", "best"))))
     return result
 
