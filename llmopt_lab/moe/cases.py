@@ -70,6 +70,21 @@ def toy() -> Layer:
     return weights._replace(x=torch.tensor(rows, dtype=torch.float32), router=torch.eye(4))
 
 
+def guides_load_balancing_loss(router_probs: Tensor, top_k_indices: Tensor) -> Tensor:
+    """COUNTER-EXAMPLE: a widely copied snippet; only `num_experts` is given a value.
+
+    Everything is made from comparisons of integers, so there is no gradient; `router_probs`, which
+    would carry one, is not used.
+    """
+    num_experts = router_probs.shape[-1]
+    expert_usage = torch.zeros(num_experts)
+    for expert_id in range(num_experts):
+        usage = (top_k_indices == expert_id).float().mean()
+        expert_usage[expert_id] = usage
+    load_balance_loss = expert_usage.var()
+    return load_balance_loss
+
+
 def strip_example(reference) -> list[Tensor]:
     """A run that reaches every `record(...)` of the room."""
     case = [w.requires_grad_() for w in layer(9, 5, 3, 4)]

@@ -86,7 +86,7 @@ class ModelSize:
         """Distinct experts of one layer that a batch visits, tokens choosing evenly, alone."""
         return expected_touched(uniform_visits(self.n_experts, self.k), n_tokens)
 
-    def bytes_read(self, n_tokens: int, *, itemsize: float = 2) -> float:
+    def bytes_read(self, n_tokens: int, *, itemsize: float = 2.0) -> float:
         """Of weights, in one step over `n_tokens` tokens, expected as by `touched`.
 
         The first token reads about `active` parameters. With more, what all meet is read once for
