@@ -1,0 +1,326 @@
+"""The Triton kernels of mixture of experts, interpreted.
+
+The oracle is a dense loop in float64: every expert on every token, then the shares; its gradients
+are autograd's. Memory nobody wrote reads as NaN (conftest), and inputs lie in the middle of NaN.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton")
+
+from llmopt_lab.core.close import assert_close
+from llmopt_lab.core.errors import BadInput
+from llmopt_lab.moe import kernels
+from llmopt_lab.moe.kernels import Sizes, Tiles, moe_layer_triton
+
+SHAPES = [  # n_tokens, d, n_experts, d_ff, k
+    (37, 40, 5, 36, 2),
+    (40, 33, 3, 17, 1),  # one expert a token keeps its probability
+    (70, 16, 16, 16, 3),  # whole tiles in both widths
+    (5, 24, 9, 20, 4),  # more experts than tokens
+    (1, 48, 4, 50, 2),
+    (16, 64, 4, 64, 4),  # every expert sees every token
+    (20, 7, 1, 3, 1),  # one expert, widths below a tile
+    (33, 8, 20, 8, 16),
+]
+
+
+def inputs(shape, *, dtype=torch.float32, device="cpu", seed=0, clear=1e-3):
+    """x, router, w_gate_up and w_down with gradients wanted, in the middle of NaN.
+
+    Tokens whose k-th and next logits are closer than `clear` are drawn again: in float32 and
+    float64 they could visit different experts.
+    """
+    n_tokens, d, n_experts, d_ff, k = shape
+    rng = torch.Generator(device).manual_seed(seed)
+
+    def draw(*size, scale=1.0):
+        room = torch.full((size[0] + 2, *size[1:]), torch.nan, dtype=dtype, device=device)
+        x = torch.randn(size, generator=rng, device=device) * scale
+        return room[1:-1].copy_(x)
+
+    router = draw(d, n_experts, scale=2 * d**-0.5)
+    w_gate_up = draw(n_experts, d, 2 * d_ff, scale=d**-0.5)
+    w_down = draw(n_experts, d_ff, d, scale=d_ff**-0.5)
+    x = draw(n_tokens, d)
+    while k < n_experts and n_tokens:
+        logits = (x.double() @ router.double()).sort(dim=-1, descending=True).values
+        close = logits[:, k - 1] - logits[:, k] < clear
+        if not close.any():
+            break
+        x[close] = draw(int(close.sum()), d)
+    return [tensor.requires_grad_() for tensor in (x, router, w_gate_up, w_down)]
+
+
+def oracle(x, router, w_gate_up, w_down, k):
+    """Every expert on every token, in the precision of the arguments."""
+    probabilities = (x @ router).softmax(-1)
+    best, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    weights, experts = best[:, :k], order[:, :k]
+    if k > 1:
+        weights = weights / weights.sum(-1, keepdim=True)
+    out = torch.zeros_like(x)
+    for e in range(router.shape[1]):
+        share = torch.where(experts == e, weights, 0).sum(-1, keepdim=True)
+        gate, up = (x @ w_gate_up[e]).chunk(2, -1)
+        out = out + share * ((gate * gate.sigmoid() * up) @ w_down[e])
+    return out
+
+
+def check_forward_and_backward(*args, k, what=""):
+    out = moe_layer_triton(*args, k=k)
+    wide = [x.detach().double().requires_grad_() for x in args]
+    want = oracle(*wide, k)
+    assert_close(out, want, f"out {what}")
+    rng = torch.Generator(out.device).manual_seed(1)
+    # small, so that sums over many tokens stay near 1, for which the table is made
+    d_out = torch.randn(out.shape, generator=rng, device=out.device, dtype=out.dtype) / 4
+    got = torch.autograd.grad(out, args, d_out)
+    wanted = torch.autograd.grad(want, wide, d_out.double())
+    names = ("d_x", "d_router", "d_w_gate_up", "d_w_down")
+    for name, g, w in zip(names, got, wanted, strict=True):
+        assert_close(g, w, f"{name} {what}")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_results_and_gradients_equal_a_dense_loop(shape):
+    check_forward_and_backward(*inputs(shape), k=shape[-1])
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    n_tokens=st.integers(1, 40),
+    d=st.integers(1, 40),
+    n_experts=st.integers(1, 8),
+    d_ff=st.integers(1, 40),
+    data=st.data(),
+    seed=st.integers(0, 99),
+)
+def test_results_and_gradients_equal_a_dense_loop_on_random_shapes(
+    n_tokens, d, n_experts, d_ff, data, seed
+):
+    k = data.draw(st.integers(1, min(4, n_experts)))
+    shape = (n_tokens, d, n_experts, d_ff, k)
+    check_forward_and_backward(*inputs(shape, seed=seed), k=k, what=f"{shape}")
+
+
+@pytest.mark.parametrize(
+    ("rows", "tiles"),
+    [
+        (16, Tiles(16, 32, 64, 4, 1)),
+        (32, Tiles(32, 16, 32, 4, 2)),
+        (64, Tiles(64, 64, 16, 4, 3)),
+        (16, Tiles(16, 32, 16, 4, 2, tma=True)),
+        (64, Tiles(64, 16, 32, 4, 2, tma=True)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(50, 40, 4, 36, 2), (6, 24, 9, 20, 3)], ids=str)
+def test_any_tiles_give_the_same_result(rows, tiles, shape, monkeypatch):
+    monkeypatch.setattr(kernels, "choose_rows", lambda *_: rows)
+    monkeypatch.setattr(kernels, "choose_tiles", lambda *_: tiles)
+    check_forward_and_backward(*inputs(shape), k=shape[-1])
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4, 8])
+def test_a_sum_in_parts_gives_the_same_result(splits, monkeypatch):
+    monkeypatch.setattr(kernels, "_splits", lambda *_: splits)
+    for shape in ((3, 24, 9, 70, 4), (40, 24, 3, 20, 1)):  # the second has parts without a step
+        check_forward_and_backward(*inputs(shape), k=shape[-1])
+
+
+@pytest.mark.parametrize("n_tokens", [6, 50])
+def test_all_tokens_may_visit_the_same_experts(n_tokens):
+    x, router, w_gate_up, w_down = inputs((n_tokens, 24, 7, 20, 2))
+    with torch.no_grad():
+        x[:, 0] = 1.0
+        router[0] = torch.tensor([0.0, 0, 21, 0, 0, 20, 0])
+    check_forward_and_backward(x, router, w_gate_up, w_down, k=2)
+    grads = torch.autograd.grad(moe_layer_triton(x, router, w_gate_up, w_down, k=2).sum(), w_down)
+    idle = [e for e in range(7) if e not in (2, 5)]
+    assert not grads[0][idle].any() and grads[0][[2, 5]].any()
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_of_equal_logits_the_lower_expert_wins(k):
+    x, router, w_gate_up, w_down = inputs((20, 24, 6, 20, k), clear=-1.0)
+    with torch.no_grad():
+        router[:] = router[:, :1]
+    got = moe_layer_triton(x, router, w_gate_up, w_down, k=k)
+    assert_close(got, oracle(*(t.double() for t in (x, router, w_gate_up, w_down)), k))
+    routed = kernels._route(x.detach(), router.detach(), Sizes(20, 24, 6, 20, k), False)
+    assert torch.equal(routed.experts, torch.arange(k, dtype=torch.int32).expand(20, k))
+    assert_close(routed.weights, torch.full((20, k), 1 / 6 if k == 1 else 1 / k))
+
+
+def check_grouping(shape):
+    """Visits by expert and then by token, and row tiles that cover each expert once."""
+    x, router, *_ = (t.detach() for t in inputs(shape))
+    n_tokens, _, n_experts, _, k = shape
+    sizes = Sizes(*shape)
+    routed = kernels._route(x, router, sizes, False)
+    best = (x.double() @ router.double()).sort(dim=-1, descending=True, stable=True).indices
+    assert torch.equal(routed.experts.long(), best[:, :k])
+    order = routed.experts.flatten().argsort(stable=True)
+    assert torch.equal(routed.visits.long(), order)
+    counts = torch.stack([(routed.experts == e).sum() for e in range(n_experts)])
+    ends = counts.cumsum(0)
+    assert torch.equal(routed.starts[1:].long(), ends) and routed.starts[0] == 0
+    rows = kernels.choose_rows(sizes, x.dtype)
+    want = [
+        (e, first)
+        for e in range(n_experts)
+        for first in range(int(ends[e] - counts[e]), int(ends[e]), rows)
+    ]
+    n_used = int(routed.n_used)
+    tiles = zip(routed.tile_expert.tolist(), routed.tile_first.tolist(), strict=True)
+    assert list(tiles)[:n_used] == want
+    assert n_used <= len(routed.tile_expert)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 8, 3, 4, 1), (16, 8, 3, 4, 2), (17, 8, 3, 4, 3), (150, 8, 7, 4, 2), (90, 8, 256, 4, 16)],
+    ids=str,
+)
+def test_visits_are_sorted_by_expert_and_then_by_token(shape):
+    check_grouping(shape)
+
+
+def test_the_scan_takes_more_token_tiles_than_it_reads_at_a_time(monkeypatch):
+    monkeypatch.setattr(kernels, "SCAN", 32)
+    check_grouping((100, 8, 5, 4, 2))
+
+
+def test_no_tokens_give_an_empty_result_and_zero_gradients():
+    args = inputs((0, 24, 4, 20, 2))
+    out = moe_layer_triton(*args, k=2)
+    assert out.shape == (0, 24)
+    grads = torch.autograd.grad(out.sum(), args)
+    assert all(g.shape == x.shape and not g.any() for g, x in zip(grads, args, strict=True))
+
+
+def test_a_nan_stays_with_its_token():
+    x, router, w_gate_up, w_down = (t.detach() for t in inputs((20, 24, 6, 20, 2)))
+    want = oracle(*(t.double() for t in (x, router, w_gate_up, w_down)), 2)
+    x[3, 5] = torch.nan
+    got = moe_layer_triton(x, router, w_gate_up, w_down, k=2)
+    others = [t for t in range(20) if t != 3]
+    assert got[3].isnan().all()
+    assert_close(got[others], want[others])
+
+
+def test_two_runs_give_the_same_bits():
+    def run():
+        args = inputs(SHAPES[0])
+        out = moe_layer_triton(*args, k=2)
+        return out, *torch.autograd.grad(out.square().sum(), args)
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+def test_only_the_gradients_that_are_wanted_cost_memory():
+    args = inputs(SHAPES[0])
+    with torch.no_grad():
+        assert moe_layer_triton(*args, k=2).grad_fn is None
+    x = args[0]
+    for tensor in args[1:]:
+        tensor.requires_grad_(False)
+    (d_x,) = torch.autograd.grad(moe_layer_triton(*args, k=2).sum(), x)
+    wide = [t.detach().double() for t in args]
+    wide[0].requires_grad_()
+    assert_close(d_x, torch.autograd.grad(oracle(*wide, 2).sum(), wide[0])[0])
+
+
+def test_strided_tokens_and_an_expanded_gradient_are_read_right():
+    x, *weights = inputs((20, 24, 6, 20, 2))
+    odd = x.detach().T.contiguous().T.requires_grad_()
+    out = moe_layer_triton(odd, *weights, k=2)
+    (got,) = torch.autograd.grad(out.sum(), odd)
+    wide = [t.detach().double().requires_grad_() for t in (x, *weights)]
+    assert_close(got, torch.autograd.grad(oracle(*wide, 2).sum(), wide[0])[0])
+
+
+def test_the_gradient_has_no_gradient_and_says_so():
+    args = inputs(SHAPES[0])
+    (grad,) = torch.autograd.grad(
+        moe_layer_triton(*args, k=2).square().sum(), args[0], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+class OutcomeAsked(AssertionError):
+    """An operator gave the host a value, or a shape, that depends on what a tensor holds."""
+
+
+class NoAnswersToTheHost(TorchDispatchMode):
+    """Refuses every operator that must wait for the device before the host can go on."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+        if waits & set(func.tags):
+            raise OutcomeAsked(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def without_running(monkeypatch):
+    """Launches do nothing: the interpreter, unlike a GPU, must read what tensors hold."""
+
+    class Launch:
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: None
+
+    for name in dir(kernels):
+        if name.endswith("_kernel"):
+            monkeypatch.setattr(kernels, name, Launch())
+
+
+@pytest.mark.parametrize("n_tokens", [3, 50])
+def test_the_host_asks_the_device_nothing(n_tokens, monkeypatch):
+    args = inputs((n_tokens, 24, 6, 20, 2))
+    with pytest.raises(OutcomeAsked), NoAnswersToTheHost():
+        args[0].sum().item()
+    with pytest.raises(OutcomeAsked), NoAnswersToTheHost():
+        args[0].nonzero()
+    without_running(monkeypatch)
+    d_out = torch.ones(n_tokens, 24)
+    with NoAnswersToTheHost():
+        torch.autograd.grad(moe_layer_triton(*args, k=2), args, d_out)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("x", lambda x: x[0], r"x must be \(n_tokens, d\); got \(40,\)"),
+        ("router", lambda x: x[:-1], r"router must be \(d, n_experts\) with d 40 .*got \(39, 5\)"),
+        ("router", lambda x: x[:, :0], "1 to 256 experts"),
+        ("router", lambda x: x[:, :1].expand(40, 257), "1 to 256 experts"),
+        ("w_down", lambda x: x[1:], r"w_down must be .* with 5 experts and d 40; got \(4"),
+        ("w_down", lambda x: x[:, :, 1:], r"w_down must be .*got \(5, 36, 39\)"),
+        ("w_gate_up", lambda x: x[:, :, 1:], r"\(5, 40, 72\) beside this w_down; got \(5"),
+        ("w_gate_up", lambda x: x.mT.contiguous().mT, "w_gate_up must be contiguous; got strides"),
+        ("w_down", lambda x: x.mT.contiguous().mT, "w_down must be contiguous; got strides"),
+        ("k", lambda x: 0, "k must be 1 to 5, the experts there are, at most 16; got 0"),
+        ("k", lambda x: 6, "k must be 1 to 5, the experts there are, at most 16; got 6"),
+        ("x", lambda x: x.double(), "must be float32, float16 or bfloat16; got torch.float64"),
+        ("x", lambda x: x.half(), "router must be torch.float16 on cpu like x; got torch.float32"),
+        ("w_down", lambda x: x.half(), "w_down must be torch.float32 on cpu like x"),
+    ],
+)
+def test_bad_input_is_refused(name, change, message):
+    names = ("x", "router", "w_gate_up", "w_down")
+    arguments = dict(zip(names, (t.detach() for t in inputs(SHAPES[0])), strict=True), k=2)
+    arguments[name] = change(arguments[name])
+    with pytest.raises(BadInput, match=message):
+        moe_layer_triton(**arguments)
+
+
+def test_bfloat16_is_refused_by_the_interpreter():
+    args = [x.detach().bfloat16() for x in inputs(SHAPES[0])]
+    with pytest.raises(BadInput, match="bfloat16 needs a GPU"):
+        moe_layer_triton(*args, k=2)
