@@ -105,6 +105,15 @@ def test_a_room_without_benchmarks_is_refused():
         bench.load_results("teapot")
 
 
+def test_what_a_room_measured_otherwise_is_no_benchmark(tmp_path, monkeypatch):
+    (tmp_path / "core").mkdir()
+    (tmp_path / "teapot/results").mkdir(parents=True)
+    (tmp_path / "teapot/results/h100.json").write_text('{"cases": []}')
+    (tmp_path / "teapot/results/taste.json").write_text('{"models": {}}')
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "core/bench.py"))
+    assert bench.load_results("teapot") == [{"cases": []}]
+
+
 def test_the_command_writes_what_it_prints(tmp_path, capsys):
     out = tmp_path / "results.json"
     assert main(["bench", "paged_attention", "--cpu", "--out", str(out)]) == 0

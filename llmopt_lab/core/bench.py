@@ -343,7 +343,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def load_results(room: str) -> Sequence[dict]:
-    """The recorded results that ship with the package: one dict a file under `<room>/results/`."""
+    """The recorded benchmarks that ship with the package: one dict a file in `<room>/results/`.
+
+    A room may keep other measurements there; a benchmark is what has "cases".
+    """
     folder = Path(__file__).parents[1] / room / "results"
     require(folder.is_dir(), f"no recorded results for {room!r}: {room}/results does not exist")
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    recorded = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [results for results in recorded if "cases" in results]
