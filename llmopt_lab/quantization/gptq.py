@@ -121,8 +121,8 @@ def gptq(
 
 def output_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
     """Squared error of the layer's output over the calibration rows: tr(D H D^T) / 2."""
-    d = (weight - approximation).double()
-    return float((d @ hessian.double() * d).sum() / 2)
+    d = (weight - approximation).to(hessian.dtype)
+    return float((d @ hessian * d).sum() / 2)
 
 
 def check_hessian(hessian: Tensor, n_cols: int, damping: float = 0.0, tile: int = 1) -> None:

@@ -751,6 +751,8 @@ print(f"perplexity {before:.2f} before, {measure(model):.2f} after {len(losses)}
 # The model reads the text 32 tokens at a time through such a cache:
 
 # %% tags=["timing", "nbval-ignore-output"]
+from math import exp
+
 from llmopt_lab.quantization.kv_cache import QuantizedKVCache
 
 
@@ -762,7 +764,7 @@ def through_cache(bits):
     for seen, next_ones in zip(text[:, :-1].split(32, 1), text[:, 1:].split(32, 1), strict=True):
         logits = lm.model(seen, cache.next_positions(seen.shape[1]), attend=cache)
         nats += F.cross_entropy(logits.flatten(0, 1), next_ones.flatten(), reduction="sum").item()
-    return 2.718281828459045 ** (nats / (n_rows * n)), cache.nbytes
+    return exp(nats / (n_rows * n)), cache.nbytes
 
 
 n_tokens = text[:, 1:].numel()
