@@ -258,6 +258,45 @@ def test_models_without_float_linear_layers_are_refused():
         quantize_model(broken, progress=False)
 
 
+# The kernels, in Triton's CPU interpreter
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"bits": 4, "group_size": 32},
+        {"bits": 3, "symmetric": False},
+        {"method": "w8a8", "bits": 8},
+    ],
+)
+def test_a_model_on_the_kernels_gives_the_logits_of_its_own_products(how):
+    pytest.importorskip("triton")
+    from llmopt_lab.quantization.attend import use_kernels
+
+    model = quantize_model(small_model(torch.float32, out_bias=True), progress=False, **how)
+    tokens = some_tokens(2, 5)
+    want = model(tokens)
+    assert use_kernels(model) is model
+    assert all(module.multiply is not None for module in linears(model).values())
+    assert_close(model(tokens), want)
+
+
+def test_a_model_that_the_kernels_cannot_multiply_is_left_as_it_is():
+    pytest.importorskip("triton")
+    from llmopt_lab.quantization.attend import use_kernels
+
+    with pytest.raises(BadInput, match="quantize_model first"):
+        use_kernels(small_model())
+    for how, message in (
+        ({"bits": 8}, "up to 4 bits; got 8"),
+        ({"bits": 4, "group_size": 5}, "multiple of 32"),
+    ):
+        model = quantize_model(small_model(), progress=False, **how)
+        with pytest.raises(BadInput, match=message):
+            use_kernels(model)
+        assert all(module.multiply is None for module in linears(model).values())
+
+
 # The KV cache
 
 
