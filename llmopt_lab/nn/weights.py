@@ -268,7 +268,7 @@ def _our_name(stored: str) -> tuple[str, int | None]:
     return f"{layer}.mlp.{ours}", int(number)
 
 
-def _stored_pieces(name: str, weight: Tensor) -> dict[str, Tensor]:
+def stored_pieces(name: str, weight: Tensor) -> dict[str, Tensor]:
     """The tensors that a Hugging Face file has for one of our own: the way back of `_our_name`."""
     if weight.dim() == 3:
         layer, _, matrix = name.rpartition(".mlp.")
@@ -299,17 +299,30 @@ def save(
     Raises:
         BadInput: a config that no Hugging Face architecture has, a tokenizer file that is missing.
     """
+    tensors = {}
+    for name, weight in model.state_dict().items():
+        for stored, piece in stored_pieces(name, weight.detach()).items():
+            tensors[stored] = piece.to("cpu", dtype).contiguous()
+    config = model.config.to_hf() | {"dtype": str(dtype).removeprefix("torch.")}
+    write_folder(folder, config, tensors, tokenizer_files)
+
+
+def write_folder(
+    folder: str | Path,
+    config: dict,
+    tensors: dict[str, Tensor],
+    tokenizer_files: Sequence[str | Path] = (),
+) -> None:
+    """Write a Hugging Face folder: `config` as config.json, `tensors` by their names there.
+
+    `folder` and `tokenizer_files` as for `save`.
+    """
     from safetensors.torch import save_file
 
     folder, files = Path(folder), [Path(file) for file in tokenizer_files]
-    config = model.config.to_hf() | {"dtype": str(dtype).removeprefix("torch.")}
     for file in files:
         require(file.is_file(), f"the tokenizer file {file} is missing")
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, weight in model.state_dict().items():
-        for stored, piece in _stored_pieces(name, weight.detach()).items():
-            tensors[stored] = piece.to("cpu", dtype).contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     special = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
     for name, content in (("config", config), ("generation_config", special)):
