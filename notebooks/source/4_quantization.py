@@ -1037,7 +1037,26 @@ print(f"{'to the nearest':22} perplexity {measure(model):.2f}")
 #
 # Who quantizes and who serves are two programs, with a checkpoint between them. The format that vLLM's
 # own tools write is *compressed-tensors*: `weight_packed` (int32, 8 codes of 4 bits each),
-# `weight_scale`, `weight_shape`, and a `quantization_config` in `config.json`.
+# `weight_scale`, `weight_shape`, and a `quantization_config` in `config.json`. Write one:
+
+# %%
+import tempfile
+from pathlib import Path
+
+from llmopt_lab.quantization.checkpoint import save_pack_quantized
+
+model = quantize_model(
+    lm.model, method="gptq", bits=4, group_size=64, calibration=calibration, progress=False
+)
+with tempfile.TemporaryDirectory() as folder:
+    save_pack_quantized(model, folder)
+    for file in sorted(Path(folder).iterdir()):
+        print(f"{file.name:24}{file.stat().st_size:>12,} bytes")
+
+# %% [markdown]
+# With the tokenizer's files beside them, `AutoModelForCausalLM.from_pretrained(folder)` loads this and
+# gives the same logits (the course's tests do that). Groups are of 64 here: the format knows no shorter
+# last group, and 128 does not divide this model's 704 columns.
 #
 # | system | how to say it |
 # |---|---|
