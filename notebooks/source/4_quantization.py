@@ -1056,7 +1056,7 @@ with tempfile.TemporaryDirectory() as folder:
 # %% [markdown]
 # With the tokenizer's files beside them, `AutoModelForCausalLM.from_pretrained(folder)` loads this and
 # gives the same logits (the course's tests do that). Groups are of 64 here: the format knows no shorter
-# last group, and 128 does not divide this model's 704 columns.
+# last group, and 128 does not divide the 704 columns of `lab-target`.
 #
 # | system | how to say it |
 # |---|---|
