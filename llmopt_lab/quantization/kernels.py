@@ -381,7 +381,8 @@ def w4a16_linear(
     zeros = packed if zeros is None else zeros      # never read
     pdl, nvidia = _has_dependent_launch(x), x.is_cuda and torch.version.hip is None
     launch = {"launch_pdl": True} if pdl else {}
-    tiles = choose_tiles("w4a16", n_tokens, n_rows, n_cols, x.dtype)
+    kernel = "w4a16_slices" if per_slice else "w4a16"
+    tiles = choose_tiles(kernel, n_tokens, n_rows, n_cols, x.dtype)
     if tiles.tile_m == 1:
         for token in range(n_tokens):
             _one_token_kernel[(ceil_div(n_rows, tiles.tile_n),)](
@@ -781,6 +782,7 @@ def quantize_int4(
     require(group_size in (32, 64, 128), f"group_size must be 32, 64 or 128; got {group_size}")
     weight = _rows_of(weight, weight.shape[1])
     n_rows, n_cols = weight.shape
+    group_size = 128 if n_cols <= group_size else group_size    # one group a row: one scale a block
     n_blocks = ceil_div(n_cols, 128)
     packed = torch.empty(n_blocks, n_rows, 32, dtype=torch.int16, device=weight.device)
     shape = (n_blocks if group_size == 128 else 4 * n_blocks, n_rows)
@@ -840,6 +842,12 @@ TILES = {
     ("scaled", 256): Tiles(128, 128, 128, 8, 4, tma=True),
     ("scaled", 1 << 62): Tiles(256, 128, 128, 8, 4, tma=True, persistent=True),
 }
+# scales of slices keep a product apart from the sum: with 128 tokens both do not fit the registers
+TILES |= {
+    ("w4a16_slices", most): tiles._replace(tile_m=min(tiles.tile_m, 64))
+    for (name, most), tiles in TILES.items()
+    if name == "w4a16"
+}
 FILL = 4        # programs a multiprocessor wants while tiles of few tokens wait for memory
 MAX_SPLITS = 16
 
@@ -847,10 +855,10 @@ MAX_SPLITS = 16
 def choose_tiles(
     kernel: str, n_tokens: int, n_rows: int, n_cols: int, dtype: torch.dtype
 ) -> Tiles:
-    """Tiles of "w4a16" (dtype of the activations) or "scaled" (of the codes) on this GPU."""
+    """Tiles of "w4a16", "w4a16_slices" (dtype of the activations) or "scaled" (of the codes)."""
     gpu = gpu_facts()
     if gpu is None:     # interpreted: small, so that small examples have several
-        tile_m = 1 if kernel == "w4a16" and n_tokens == 1 else 16
+        tile_m = 1 if kernel != "scaled" and n_tokens == 1 else 16
         return Tiles(16, tile_m, 128, 4, 1, splits=2)
     capability = None if torch.version.hip is not None else gpu.capability
     tiles = tiles_for(kernel, n_tokens, dtype, capability)
@@ -1000,8 +1008,8 @@ def _check_code_dtype(dtype: torch.dtype, like: Tensor, multiply: bool = False) 
     )
     require(
         like.is_cuda or dtype == torch.int8,
-        "float8 needs a GPU: Triton's CPU interpreter gives other codes than torch. "
-        "Use the reference.",
+        "float8 needs a GPU: Triton's CPU interpreter loses the carry when it rounds up to a power "
+        "of two, so that 0.49 becomes 0.25. Use the reference.",
     )
     if not like.is_cuda or torch.version.hip is not None:
         return
