@@ -776,7 +776,7 @@ print("made up:   ", ablation(random(256, 384, seed=1).double(), uneven, 4))
 print("lab-target:", ablation(weight, x, 4))
 
 # %% [markdown]
-# Where a few inputs are large, the right 1 % is worth nearly everything and a random 1 % nothing.
+# Where a few inputs are large, keeping the right 1 % removes most of the error, a random 1 % next to none.
 # lab-target is small and has no such channels: there the choice hardly matters, and AWQ has little to
 # work with. A method rests on an assumption; measure whether your model meets it.
 
