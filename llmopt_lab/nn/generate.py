@@ -60,6 +60,10 @@ class KVCache:
         )
         self.length = length
 
+    def visible(self, n: int, end: int, device: torch.device) -> Tensor | None:
+        """Which of `end` tokens each of the last `n` sees, (n, end); None: causal, or all."""
+        return None if n in (1, end) else causal_mask(n, end, device)
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, layer: int, scale: float) -> Tensor:
         """Append k and v, (batch, n_kv_heads, n, d_head), and attend to all tokens so far."""
         n_layers, batch, n_kv_heads, max_tokens, d_head = self.keys.shape
@@ -82,12 +86,13 @@ class KVCache:
         )
         self.keys[layer, :, :, self.length : end] = k.detach()
         self.values[layer, :, :, self.length : end] = v.detach()
+        mask = self.visible(n, end, q.device)
         out = F.scaled_dot_product_attention(
             q,
             self.keys[layer, :, :, :end],
             self.values[layer, :, :, :end],
-            attn_mask=None if n in (1, end) else causal_mask(n, end, q.device),
-            is_causal=n == end,
+            attn_mask=mask,
+            is_causal=mask is None and n == end,
             scale=scale,
             enable_gqa=True,
         )
