@@ -7,6 +7,7 @@ Writes results/perplexity.json after every configuration.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import platform
@@ -143,7 +144,6 @@ def measure_decoding(name: str, results: dict, save) -> None:
         model = load(name, device="cpu").model
         if how is not None:
             model = quantize_model(model, progress=False, **how)
-        gc.collect()
         reset_peak_memory()
         n_new = SLICES[name]["n_new"]
         speed = decode_speed(model, threads=1, n_new=n_new)
@@ -167,6 +167,8 @@ def model_nbytes(model: Transformer) -> int:
 
 def reset_peak_memory() -> None:
     """Let the kernel count this process's peak from here on (Linux)."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the float model left behind is not this model's
     Path("/proc/self/clear_refs").write_text("5")
 
 
