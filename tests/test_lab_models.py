@@ -11,6 +11,7 @@ import torch
 
 from llmopt_lab.core.close import assert_close
 from llmopt_lab.nn import load
+from llmopt_lab.nn.held_out import held_out_documents
 from llmopt_lab.nn.train import RECIPES, HeldOut, bits_per_byte, loads_of
 from llmopt_lab.nn.weights import EMBEDDED
 
@@ -25,13 +26,12 @@ def training_of(name: str) -> dict:
 def held_out(n_bytes: int) -> tuple[HeldOut, bytes]:
     """The first shipped documents, `n_bytes` or a little more, as tokens and as text."""
     lm = load("lab-draft", device="cpu")
-    documents = json.loads((EMBEDDED / "heldout.json").read_text("utf-8"))["documents"]
     tokens, texts = [], []
-    for document in documents:
+    for text in held_out_documents().values():
         if sum(map(len, texts)) >= n_bytes:
             break
-        texts.append(document["text"].encode())
-        tokens += [0, *lm.tokenizer.encode(document["text"], add_special_tokens=False).ids]
+        texts.append(text.encode())
+        tokens += [0, *lm.tokenizer.encode(text, add_special_tokens=False).ids]
     lengths = tuple(len(text) for text in texts)
     return HeldOut(np.array(tokens, dtype=np.uint16), lengths), b"".join(texts)
 

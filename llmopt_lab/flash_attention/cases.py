@@ -1,6 +1,5 @@
 """Inputs shared by tests, benchmarks and the notebook, and the oracle they are held to."""
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -25,8 +24,8 @@ from llmopt_lab.flash_attention.peers import (
     forward_oracle,
 )
 from llmopt_lab.flash_attention.split_kv import split_kv_attention
+from llmopt_lab.nn.held_out import held_out_documents
 from llmopt_lab.nn.transformer import Transformer, causal_attention, rope_tables
-from llmopt_lab.nn.weights import EMBEDDED
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -107,8 +106,7 @@ def realistic(
 
 def long_text() -> str:
     """The held-out files that ship with the lab models, end to end: 260 kB of Python source."""
-    documents = json.loads((EMBEDDED / "heldout.json").read_text("utf-8"))["documents"]
-    return "\n".join(document["text"] for document in documents)
+    return "\n".join(held_out_documents().values())
 
 
 @torch.no_grad()

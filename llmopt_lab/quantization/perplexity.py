@@ -5,7 +5,6 @@ bits per byte = log2(perplexity) * tokens / bytes.
 """
 
 import hashlib
-import json
 import sysconfig
 from math import log
 from pathlib import Path
@@ -15,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmopt_lab.core.errors import require
+from llmopt_lab.nn.held_out import held_out_documents
 from llmopt_lab.nn.transformer import Attend, Transformer
-from llmopt_lab.nn.weights import EMBEDDED, LanguageModel
+from llmopt_lab.nn.weights import LanguageModel
 
 # Modules of the standard library that no held-out file is, for calibration.
 CALIBRATION_MODULES = (
@@ -24,12 +24,6 @@ CALIBRATION_MODULES = (
     "mailbox", "optparse", "pathlib", "pdb", "pickle", "shutil", "smtplib", "subprocess",
     "tarfile", "threading", "turtle", "uuid",
 )  # fmt: skip
-
-
-def held_out_documents() -> dict[str, str]:
-    """Name -> text of the held-out Python files that ship with the package."""
-    content = json.loads((EMBEDDED / "heldout.json").read_text(encoding="utf-8"))
-    return {document["name"]: document["text"] for document in content["documents"]}
 
 
 def calibration_tokens(
