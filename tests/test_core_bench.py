@@ -96,6 +96,8 @@ def test_the_table_shows_losses_like_wins():
     rows["ours"]["median_ms"], rows["slow peer"]["median_ms"] = 2.0, 1.0
     table = bench.format_results(results)
     assert "0.50x" in table and "gone" in table and "absent: x" in table and "n 1,000" in table
+    rows["ours"] = {"absent": "no GPU here"}
+    assert "x" not in bench.format_results(results).splitlines()[-1].split("slow peer")[-1]
 
 
 def test_a_room_without_benchmarks_is_refused():

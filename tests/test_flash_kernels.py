@@ -359,6 +359,10 @@ def specs_of(target: str) -> list[dict]:
     return specs
 
 
+# bytes a thread; the best tiles that do not spill ran at 0.87 to 0.91 of the speed on an H100
+SPILLS = {("_backward_keys_kernel", 64): 168}
+
+
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_kernels_compile_and_fit_the_chip(target):
     specs = specs_of(target)
@@ -366,7 +370,8 @@ def test_kernels_compile_and_fit_the_chip(target):
         what = f"{spec['kernel']} {spec['constexprs']}"
         assert facts["shared"] <= aot.TARGETS[target][3], f"{what}: shared memory {facts['shared']}"
         if target == "sm_90":
-            assert facts["spills"] == 0, f"{what} spills {facts['spills']} bytes"
+            allowed = SPILLS.get((spec["kernel"].split(":")[1], spec["constexprs"]["D"]), 0)
+            assert facts["spills"] <= allowed, f"{what} spills {facts['spills']} bytes"
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 0), None])

@@ -15,7 +15,6 @@ import argparse
 import datetime
 import importlib
 import json
-import math
 import statistics
 import subprocess
 import time
@@ -300,14 +299,16 @@ def format_results(results: dict) -> str:
         lines += ["", case["title"], header]
         for row in case["rows"]:
             lines.append(", ".join(_named(name, value) for name, value in row["size"].items()))
-            ours = [row["results"][n].get("median_ms", math.nan) for n in case["ours"]]
+            times = {name: r["median_ms"] for name, r in row["results"].items() if "median_ms" in r}
+            ours = min((times[name] for name in case["ours"] if name in times), default=None)
             for name, r in row["results"].items():
                 if "absent" in r:
                     lines.append(f"  {name:24} absent: {r['absent']}")
                     continue
                 spread = f"{r['p20_ms']:.4f}..{r['p80_ms']:.4f}"
                 extra = f"{r['extra_bytes'] / 1e6:,.1f}" if r.get("extra_bytes") is not None else ""
-                ratio = "" if name in case["ours"] else f"{r['median_ms'] / min(ours):.2f}x"
+                compared = ours is not None and name not in case["ours"]
+                ratio = f"{times[name] / ours:.2f}x" if compared else ""
                 lines.append(
                     f"  {name:24}{r['median_ms']:9.4f}{spread:>18}{r['gb_s']:7,.0f}"
                     f"{r['tflop_s']:9.2f}{r['share_of_roofline']:10.1%}{extra:>10}{ratio:>8}"

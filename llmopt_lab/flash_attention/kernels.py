@@ -554,11 +554,11 @@ TILES = {
     ("forward", 2, 64): Tiles(128, 128, 8, 2),
     ("forward", 2, 128): Tiles(128, 128, 8, 2),
     ("forward", 2, 256): Tiles(128, 64, 8, 2),
-    ("backward_keys", 2, 64): Tiles(64, 128, 8, 2),
-    ("backward_keys", 2, 128): Tiles(64, 128, 8, 2),
+    ("backward_keys", 2, 64): Tiles(128, 64, 4, 2),
+    ("backward_keys", 2, 128): Tiles(64, 128, 8, 3),
     ("backward_keys", 2, 256): Tiles(32, 32, 4, 2),
-    ("backward_queries", 2, 64): Tiles(128, 128, 8, 2),
-    ("backward_queries", 2, 128): Tiles(128, 64, 8, 2),
+    ("backward_queries", 2, 64): Tiles(128, 64, 8, 3),
+    ("backward_queries", 2, 128): Tiles(128, 64, 8, 3),
     ("backward_queries", 2, 256): Tiles(64, 64, 8, 2),
     ("forward", 4, 64): Tiles(64, 32, 8, 2),
     ("forward", 4, 128): Tiles(32, 32, 8, 2),
@@ -594,7 +594,9 @@ def tiles_for(
     if itemsize == 2 and (capability is None or capability[0] not in (9, 10)):
         tiles = _with_shorter_steps(kernel, tiles)      # products read registers, not shared memory
     while _bytes_needed(kernel, tiles, itemsize * d) > _shared_bytes(capability):
-        if max(tiles.tile_q, tiles.tile_k) == 16:
+        if tiles.n_stages > 2:
+            tiles = tiles._replace(n_stages=tiles.n_stages - 1)
+        elif max(tiles.tile_q, tiles.tile_k) == 16:
             return tiles._replace(n_stages=1)           # nothing is left to cut
         elif tiles.tile_q >= tiles.tile_k:
             tiles = tiles._replace(tile_q=tiles.tile_q // 2)

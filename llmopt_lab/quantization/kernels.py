@@ -832,14 +832,15 @@ class Tiles(NamedTuple):
 
 # (kernel, tokens up to): tiles for an H100
 TILES = {
-    ("w4a16", 1): Tiles(8, 1, 4096, 4, 1),
-    ("w4a16", 16): Tiles(128, 16, 128, 4, 4),
+    ("w4a16", 1): Tiles(4, 1, 2048, 2, 1),
+    ("w4a16", 16): Tiles(128, 16, 128, 4, 3),
     ("w4a16", 32): Tiles(128, 32, 128, 4, 4),
-    ("w4a16", 64): Tiles(64, 64, 128, 4, 4),
-    ("w4a16", 1 << 62): Tiles(128, 128, 128, 8, 4, tma=True),
+    ("w4a16", 64): Tiles(128, 64, 128, 8, 4),
+    ("w4a16", 1 << 62): Tiles(128, 128, 128, 8, 3, tma=True),
     ("scaled", 16): Tiles(64, 16, 256, 4, 4),
+    ("scaled", 32): Tiles(64, 32, 256, 4, 4),
     ("scaled", 64): Tiles(64, 64, 128, 4, 4),
-    ("scaled", 256): Tiles(128, 128, 128, 8, 4, tma=True),
+    ("scaled", 256): Tiles(64, 128, 128, 4, 5, tma=True),
     ("scaled", 1 << 62): Tiles(256, 128, 128, 8, 4, tma=True, persistent=True),
 }
 # a scale a slice wants more registers: 128 tokens would spill on sm_90
@@ -848,7 +849,7 @@ TILES |= {
     for (name, most), tiles in TILES.items()
     if name == "w4a16"
 }
-FILL = 4        # programs a multiprocessor wants while tiles of few tokens wait for memory
+FILL = 16       # warps a multiprocessor wants while tiles of few tokens wait for memory
 MAX_SPLITS = 16
 
 
@@ -865,7 +866,8 @@ def choose_tiles(
     if 1 < tiles.tile_m <= 64:
         n_tiles = ceil_div(n_rows, tiles.tile_n) * ceil_div(n_tokens, tiles.tile_m)
         n_steps = ceil_div(n_cols, tiles.tile_k)
-        splits = min(FILL * gpu.n_sms // n_tiles, n_steps // 4, MAX_SPLITS)
+        wanted = FILL // tiles.n_warps * gpu.n_sms
+        splits = min(wanted // n_tiles, n_steps // 4, MAX_SPLITS)
         tiles = tiles._replace(splits=max(1, splits))
     return tiles
 
