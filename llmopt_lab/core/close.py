@@ -37,7 +37,8 @@ def assert_close(got: Tensor, want: Tensor, what: str = "result") -> None:
             raise AssertionError(f"{what}: {got.dtype} values differ")
         return
     rtol, atol, norm = TOLERANCE[got.dtype]
-    got, want = got.detach().cpu().double(), want.detach().cpu().double()
+    want = want.detach().double()
+    got = got.detach().to(want)
     torch.testing.assert_close(
         got, want, rtol=rtol, atol=atol, equal_nan=True, msg=lambda text: f"{what}: {text}"
     )
