@@ -5,6 +5,8 @@ nobody hold NaN, table entries past the last block name a block outside the pool
 and memory nobody wrote reads as NaN (conftest).
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,10 +18,14 @@ import aot
 
 from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.errors import BadInput
+from llmopt_lab.paged_attention import kernels
 from llmopt_lab.paged_attention.cases import decode_inputs, decode_oracle
 from llmopt_lab.paged_attention.kernels import (
     MAX_SPAN,
     MAX_SPLITS,
+    MAX_TABLE,
+    Plan,
+    choose_plan,
     choose_span,
     merge_warps,
     paged_attention_decode,
@@ -97,7 +103,38 @@ def test_spans_are_whole_tiles_and_bounded_in_number(n, capacity, tile):
     span = choose_span(n, capacity, tile)
     assert span % tile == 0 and span > 0
     assert -(-capacity // span) <= MAX_SPLITS
-    assert span <= max(MAX_SPAN, capacity // MAX_SPLITS + tile)
+    assert span <= max(2 * MAX_SPAN, capacity // MAX_SPLITS + tile)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_one_wave_equals_torchs_attention(shape, monkeypatch):
+    q, k, v, tables, lengths = inputs(shape)
+    table = 1 << max(tables.shape[1] - 1, 0).bit_length()
+    plan = Plan(32, 4, 2, -(-tables.shape[1] * k.shape[1] // 32) * 32, table)
+    monkeypatch.setattr(kernels, "choose_plan", lambda *args: plan)
+    args = q, k, v, tables, lengths
+    assert_close(paged_attention_decode(*args), decode_oracle(*args))
+
+
+def h100(monkeypatch, capability=(9, 0)):
+    facts = SimpleNamespace(n_sms=132, capability=capability)
+    monkeypatch.setattr(kernels, "gpu_facts", lambda: facts)
+
+
+def test_a_hopper_full_of_sequences_walks_them_in_one_wave(monkeypatch):
+    h100(monkeypatch)
+    plan = choose_plan(128, 128, 16, torch.bfloat16)
+    assert plan == Plan(64, 4, 4, 2048, 128)
+    split = [
+        choose_plan(64, 128, 16, torch.bfloat16),  # half of the GPU would idle
+        choose_plan(133, 128, 16, torch.bfloat16),  # one sequence would wait for a second wave
+        choose_plan(128, 257, 16, torch.bfloat16),  # a long one would keep the others waiting
+        choose_plan(128, 2 * MAX_TABLE, 1, torch.bfloat16),  # too many entries to keep
+        choose_plan(128, 128, 16, torch.float32),
+    ]
+    h100(monkeypatch, (8, 0))
+    split.append(choose_plan(128, 128, 16, torch.bfloat16))
+    assert all(plan.table == 0 and plan.span < 2048 for plan in split)
 
 
 def test_written_tokens_land_in_their_slots_and_nowhere_else():
@@ -172,7 +209,7 @@ STRIDES = {
 MODULE = "llmopt_lab.paged_attention.kernels"
 
 
-def decode_spec(target: str, dtype: str, d_head: int, n_splits: int) -> dict:
+def decode_spec(target: str, dtype: str, d_head: int, n_splits: int, *, table: int = 0) -> dict:
     tile, n_warps = (32, 8) if dtype == "fp32" else (64, 4)
     part = "fp32" if n_splits > 1 else dtype
     pdl = target in ("sm_90", "sm_100")
@@ -182,11 +219,11 @@ def decode_spec(target: str, dtype: str, d_head: int, n_splits: int) -> dict:
         "signature": STRIDES
         | {"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}", "v_ptr": f"*{dtype}"}
         | {"table_ptr": "*i32", "length_ptr": "*i32", "out_ptr": f"*{part}", "lse_ptr": f"*{part}"}
-        | {"scale_log2": "fp32", "span": "i32"},
+        | {"scale_log2": "fp32", "span": "i32", "max_blocks": "i32"},
         "constexprs": {
             "N_SPLITS": n_splits, "BLOCK_SIZE": 16, "GROUP": 4, "ROWS": 16, "D": d_head,
-            "TILE": tile, "PRECISION": "ieee" if dtype == "fp32" else "tf32", "STAGES": 2,
-            "PDL": pdl,
+            "TILE": tile, "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+            "STAGES": 4 if table else 2, "TABLE": table, "PDL": pdl,
         },
         "aligned": [name for name in STRIDES if name[:2] in ("q_", "k_", "v_")],
         "options": {"num_warps": n_warps} | ({"launch_pdl": True} if pdl else {}),
@@ -225,6 +262,8 @@ def specs_of(target: str) -> list[dict]:
         for d_head, n_splits in ((64, 1), (128, 8))
     ]
     merges = [merge_spec(target, splits) for splits in (4, 64, MAX_SPLITS)]
+    if target in ("sm_90", "sm_100"):
+        decodes += [decode_spec(target, "bf16", d_head, 1, table=MAX_TABLE) for d_head in (64, 128)]
     return [*decodes, *merges, write_spec(target)]
 
 
@@ -247,6 +286,8 @@ GPU_SHAPES = [
     ([130, 64, 4097], 8, 1, 128, 7),
     ([131_072], 32, 8, 128, 16),
     ([5] * 200, 8, 8, 64, 16),
+    ([2048] * 14 + [0, 5], 32, 8, 128, 16),  # one wave of an H100
+    ([1, 4096, 700] * 21, 14, 2, 64, 16),
 ]
 
 

@@ -125,6 +125,7 @@ def flex(q, k, v, causal) -> Call:
     mask = None
     if causal:
         mask = create_block_mask(lambda b, h, i, j: j <= i, None, None, n_q, n_k, device=q.device)
+    torch.compiler.reset()  # or the ninth size is past its limit and runs uncompiled
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(q, k, v, block_mask=mask)
 

@@ -234,7 +234,7 @@ CASES = (
     _case(
         "decode, lengths uniform from 1 to the longest",
         _uniform,
-        [{"batch": b, "longest": n} for b, n in ((16, 4096), (64, 4096), (64, 16384))],
+        [{"batch": b, "longest": n} for b, n in ((16, 2048), (16, 4096), (64, 4096), (64, 16384))],
         {"batch": 3, "longest": 100},
         PAGED,
     ),

@@ -5,6 +5,8 @@ floor is bytes / bandwidth. One program owns one (sequence, KV head, split): it 
 heads of its group once and walks its share of the block table.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,8 @@ LOG2_E = 1.4426950408889634     # exp(x) == exp2(x * LOG2_E), and exp2 is one in
 MIN_DOT_ROWS = 16               # tl.dot wants at least 16 rows: smaller groups are padded
 MAX_SPLITS = 128
 MAX_SPAN = 1024                 # tokens
+ONE_WAVE_TOKENS = 4096          # of the longest sequence that one multiprocessor walks by itself
+MAX_TABLE = 512                 # entries of the table that a program keeps
 
 
 @triton.jit
@@ -35,8 +39,10 @@ def _decode_kernel(
     table_seq,
     scale_log2,                     # LOG2_E * scale
     span,                           # tokens a split, a multiple of TILE
+    max_blocks,                     # entries in a row of the table
     N_SPLITS: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    TABLE: tl.constexpr,            # max_blocks, padded: one wave, see `choose_plan`; else 0
     PDL: tl.constexpr,              # programmatic dependent launch, see the launcher
 ):
     """One program: the GROUP query heads of one KV head over one split of one sequence's tokens."""
@@ -47,6 +53,11 @@ def _decode_kernel(
 
     if PDL:
         gdc_wait()                  # until what the previous kernel wrote is there
+        if TABLE > 0:
+            gdc_launch_dependents()     # no merge: the next kernel may take what falls free
+    if TABLE > 0:                   # the whole row at once, without waiting for the length
+        every = tl.arange(0, TABLE)
+        blocks = tl.load(table_ptr + seq * table_seq + every, every < max_blocks, other=0)
     length = tl.load(length_ptr + seq)
     # this split walks tokens [start, end)
     start = split * span
@@ -67,7 +78,11 @@ def _decode_kernel(
     for first in tl.range(start, end, TILE, num_stages=STAGES):
         token = first + tl.arange(0, TILE)                              # (TILE,)
         ok = token < end                                                # (TILE,)
-        block = tl.load(table_ptr + seq * table_seq + token // BLOCK_SIZE, ok, other=0).to(tl.int64)
+        entry = tl.where(ok, token // BLOCK_SIZE, 0)                    # (TILE,)
+        if TABLE > 0:
+            block = tl.gather(blocks, entry, 0).to(tl.int64)
+        else:
+            block = tl.load(table_ptr + seq * table_seq + entry, ok, other=0).to(tl.int64)
         slot = token % BLOCK_SIZE                                       # (TILE,)
         k_at = block * k_block + slot * k_slot + kv_head * k_head       # (TILE,)
         v_at = block * v_block + slot * v_slot + kv_head * v_head       # (TILE,)
@@ -84,7 +99,7 @@ def _decode_kernel(
         acc += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)      # (ROWS, D)
         m = m_new
 
-    if PDL:
+    if PDL and TABLE == 0:
         gdc_launch_dependents()     # the merge may be put on the GPU now; it waits for our stores
     out = acc / tl.where(total > 0, total, 1.0)[:, None]                # an empty sequence gives 0
     lse = m + tl.log2(tl.maximum(total, 1e-30))                         # (ROWS,)
@@ -136,7 +151,8 @@ def paged_attention_decode(
             block_size 1 to 256; n_kv_heads divides n_heads (grouped-query attention).
         block_tables: (batch, max_blocks) int32; token t of a sequence is in slot
             t % block_size of block block_tables[seq, t // block_size]. Entries past the
-            sequence's last block are never read.
+            sequence's last block may hold anything. Its width bounds the longest sequence: a
+            narrow table lets the launcher plan better.
         lengths: (batch,) int32, tokens to attend to; 0 gives zeros.
         scale: of the scores; 1/sqrt(d_head) if None.
 
@@ -160,10 +176,9 @@ def paged_attention_decode(
     if batch == 0:
         return out
     group = n_heads // n_kv_heads
-    tile, n_warps, n_stages = _tiling(q.dtype)
-    capacity = block_tables.shape[1] * block_size
-    span = choose_span(batch * n_kv_heads, capacity, tile)
-    n_splits = max(1, ceil_div(capacity, span))
+    max_blocks = block_tables.shape[1]
+    plan = choose_plan(batch * n_kv_heads, max_blocks, block_size, q.dtype)
+    n_splits = max(1, ceil_div(max_blocks * block_size, plan.span))
     if n_splits == 1:
         part, lse = out, out    # one split is the result; the kernel writes no log-sum-exp then
     else:
@@ -173,16 +188,16 @@ def paged_attention_decode(
     _decode_kernel[(n_kv_heads, n_splits, batch)](
         q, k_cache, v_cache, block_tables, lengths, part, lse,
         q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3],
-        block_tables.stride(0), scale * LOG2_E, span,
+        block_tables.stride(0), scale * LOG2_E, plan.span, max_blocks,
         N_SPLITS=n_splits, BLOCK_SIZE=block_size, GROUP=group,
-        ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(group)), D=d_head, TILE=tile,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=n_stages,
-        PDL=pdl, num_warps=n_warps, **({"launch_pdl": True} if pdl else {}),
+        ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(group)), D=d_head, TILE=plan.tile,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=plan.n_stages,
+        TABLE=plan.table, PDL=pdl, num_warps=plan.n_warps, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     if n_splits > 1:
         splits = triton.next_power_of_2(n_splits)
         _merge_kernel[(n_heads, batch)](
-            part, lse, lengths, out, span,
+            part, lse, lengths, out, plan.span,
             N_SPLITS=n_splits, SPLITS=splits, D=d_head, PDL=pdl,
             num_warps=merge_warps(splits, d_head), **({"launch_pdl": True} if pdl else {}),
         )  # fmt: skip
@@ -194,26 +209,48 @@ def merge_warps(splits: int, d_head: int) -> int:
     return max(1, min(8, splits * d_head // 2048))
 
 
+class Plan(NamedTuple):
+    """How one decode step runs."""
+
+    tile: int           # tokens
+    n_warps: int
+    n_stages: int       # of the pipeline that copies keys and values
+    span: int           # tokens a split
+    table: int = 0      # entries of its row of the table that a program loads at once
+
+
+def choose_plan(n_programs: int, max_blocks: int, block_size: int, dtype: torch.dtype) -> Plan:
+    """The plan for `n_programs` (sequence, KV head) pairs.
+
+    One wave: where the pairs are just as many as a Hopper has multiprocessors, each walks its
+    whole sequence, with a deeper pipeline and its row of the table in registers. Nothing is
+    merged. Otherwise the tokens are split (`choose_span`), several programs to a multiprocessor.
+    """
+    gpu = gpu_facts()
+    capacity = max_blocks * block_size
+    table = triton.next_power_of_2(max(max_blocks, 1))
+    hopper = gpu is not None and torch.version.hip is None and gpu.capability[0] in (9, 10)
+    one_wave = hopper and 0.9 * gpu.n_sms <= n_programs <= gpu.n_sms
+    if one_wave and dtype.itemsize == 2 and capacity <= ONE_WAVE_TOKENS and table <= MAX_TABLE:
+        return Plan(64, 4, 4, max(1, ceil_div(capacity, 64)) * 64, table)
+    # exact float32 products run without tensor cores: 4 warps would spill registers
+    tile, n_warps = (32, 8) if dtype == torch.float32 else (64, 4)
+    return Plan(tile, n_warps, 2, choose_span(n_programs, capacity, tile))
+
+
 def choose_span(n_programs: int, capacity: int, tile: int) -> int:
     """Tokens a split, a multiple of `tile`, for `n_programs` (sequence, KV head) pairs.
 
-    Short enough that every multiprocessor has its three programs, and at most MAX_SPAN, so that
-    one long sequence among short ones does not keep the GPU waiting.
+    Short enough that every multiprocessor has its three programs, and at most MAX_SPAN (twice
+    that if the pairs alone are as many), so that one long sequence among short ones does not keep
+    the GPU waiting.
     """
     gpu = gpu_facts()
     n_sms = gpu.n_sms if gpu else 4     # the interpreter walks programs one by one: keep it short
-    wanted = max(1, 3 * n_sms // max(n_programs, 1))
-    span = min(ceil_div(capacity, wanted), MAX_SPAN)
+    wanted = 3 * n_sms // max(n_programs, 1)
+    span = min(ceil_div(capacity, wanted), MAX_SPAN) if wanted else min(capacity, 2 * MAX_SPAN)
     span = max(span, ceil_div(capacity, MAX_SPLITS), 1)
     return ceil_div(span, tile) * tile
-
-
-def _tiling(dtype: torch.dtype) -> tuple[int, int, int]:
-    """Tokens a tile, warps, pipeline stages: 38 KiB of shared memory at d_head 128 on an H100.
-
-    Exact float32 products run without tensor cores: 4 warps would spill registers.
-    """
-    return (32, 8, 2) if dtype == torch.float32 else (64, 4, 2)
 
 
 def _has_dependent_launch(device: torch.device) -> bool:
