@@ -24,7 +24,7 @@ LOG2_E = 1.4426950408889634     # exp(x) == exp2(x * LOG2_E), and exp2 is one in
 MIN_DOT_ROWS = 16               # tl.dot wants at least 16 rows: smaller groups are padded
 MAX_SPLITS = 128
 MAX_SPAN = 1024                 # tokens
-ONE_WAVE_TOKENS = 4096          # of the longest sequence that one multiprocessor walks by itself
+ONE_WAVE_TOKENS = 2048          # of the longest sequence that one multiprocessor walks by itself
 MAX_TABLE = 512                 # entries of the table that a program keeps
 
 
@@ -224,7 +224,9 @@ def choose_plan(n_programs: int, max_blocks: int, block_size: int, dtype: torch.
 
     One wave: where the pairs are just as many as a Hopper has multiprocessors, each walks its
     whole sequence, with a deeper pipeline and its row of the table in registers. Nothing is
-    merged. Otherwise the tokens are split (`choose_span`), several programs to a multiprocessor.
+    merged. It wins where lengths are alike and loses where they are not, so it is kept to tables
+    of ONE_WAVE_TOKENS. Otherwise the tokens are split (`choose_span`), several programs to a
+    multiprocessor.
     """
     gpu = gpu_facts()
     capacity = max_blocks * block_size
@@ -241,14 +243,13 @@ def choose_plan(n_programs: int, max_blocks: int, block_size: int, dtype: torch.
 def choose_span(n_programs: int, capacity: int, tile: int) -> int:
     """Tokens a split, a multiple of `tile`, for `n_programs` (sequence, KV head) pairs.
 
-    Short enough that every multiprocessor has its three programs, and at most MAX_SPAN (twice
-    that if the pairs alone are as many), so that one long sequence among short ones does not keep
-    the GPU waiting.
+    Short enough that every multiprocessor has its three programs, and at most MAX_SPAN, so that
+    one long sequence among short ones does not keep the GPU waiting.
     """
     gpu = gpu_facts()
     n_sms = gpu.n_sms if gpu else 4     # the interpreter walks programs one by one: keep it short
-    wanted = 3 * n_sms // max(n_programs, 1)
-    span = min(ceil_div(capacity, wanted), MAX_SPAN) if wanted else min(capacity, 2 * MAX_SPAN)
+    wanted = max(1, 3 * n_sms // max(n_programs, 1))
+    span = min(ceil_div(capacity, wanted), MAX_SPAN)
     span = max(span, ceil_div(capacity, MAX_SPLITS), 1)
     return ceil_div(span, tile) * tile
 
