@@ -127,15 +127,16 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
     assert len(ours) == 3 and all(r["max_error"] < 1e-4 for r in ours)
 
 
-def test_recorded_results_name_their_machine_and_hold_raw_samples():
-    for recorded in bench.load_results("paged_attention"):
-        assert "H100" in recorded["hardware"]["name"] and recorded["hardware"]["driver"]
-        assert recorded["software"]["triton"] and recorded["commit"] and recorded["when"]
-        for c in recorded["cases"]:
-            for row in c["rows"]:
-                timed = [r for r in row["results"].values() if "absent" not in r]
-                assert all(len(r["samples_ms"]) >= 20 for r in timed)
-                assert all("absent" not in row["results"][name] for name in c["ours"])
+@pytest.mark.parametrize("room", ["paged_attention", "flash_attention", "quantization"])
+def test_recorded_results_name_their_machine_and_hold_raw_samples(room):
+    (recorded,) = bench.load_results(room)
+    assert "H100" in recorded["hardware"]["name"] and recorded["hardware"]["driver"]
+    assert recorded["software"]["triton"] and recorded["commit"] and recorded["when"]
+    for c in recorded["cases"]:
+        for row in c["rows"]:
+            timed = [r for r in row["results"].values() if "absent" not in r]
+            assert all(len(r["samples_ms"]) >= 20 for r in timed)
+            assert all("absent" not in row["results"][name] for name in c["ours"])
 
 
 @pytest.mark.gpu
