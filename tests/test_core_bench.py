@@ -108,6 +108,16 @@ def test_a_room_without_benchmarks_is_refused():
         bench.load_results("teapot")
 
 
+def test_a_lesson_times_only_the_rows_it_picks(monkeypatch):
+    monkeypatch.setattr(bench, "measure_roofline", lambda device: ROOFLINE)
+    results = bench.run_room(
+        "flash_attention", device=CPU, where=lambda title, size: title == "backward"
+    )
+    assert [(case["title"], len(case["rows"])) for case in results["cases"]] == [("backward", 1)]
+    with pytest.raises(BadInput, match="picks no row of flash_attention; its cases are .'forward"):
+        bench.run_room("flash_attention", device=CPU, where=lambda title, size: size["n"] == 7)
+
+
 def test_what_a_room_measured_otherwise_is_no_benchmark(tmp_path, monkeypatch):
     (tmp_path / "core").mkdir()
     (tmp_path / "teapot/results").mkdir(parents=True)

@@ -171,11 +171,15 @@ def measure_roofline(device: torch.device) -> Roofline:
     return Roofline(data.nbytes / read.median_ms / 1e6, 2 * n**3 / multiply.median_ms / 1e9)
 
 
-def run_case(case: Case, device: torch.device, roofline: Roofline) -> dict:
-    """Check and time every contender on every size: JSON-ready rows."""
-    sizes = case.sizes if device.type == "cuda" else case.cpu_sizes
+Where = Callable[[str, dict], bool]  # (title of a case, one of its sizes) -> run it
+
+
+def run_case(
+    case: Case, device: torch.device, roofline: Roofline, where: Where | None = None
+) -> dict:
+    """Check and time every contender on every size, or on those `where` picks: JSON-ready rows."""
     rows = []
-    for size in tqdm(sizes, desc=case.title, unit="size", leave=False):
+    for size in tqdm(_sizes(case, device, where), desc=case.title, unit="size", leave=False):
         inputs = case.inputs(device, **size)
         want = case.oracle(*inputs)
         n_sets = 1
@@ -199,6 +203,11 @@ def run_case(case: Case, device: torch.device, roofline: Roofline) -> dict:
         "ours": [c.name for c in case.contenders if c.ours],
         "rows": rows,
     }
+
+
+def _sizes(case: Case, device: torch.device, where: Where | None) -> list[dict]:
+    sizes = case.sizes if device.type == "cuda" else case.cpu_sizes
+    return [size for size in sizes if where is None or where(case.title, size)]
 
 
 def _copy(inputs: tuple) -> tuple:
@@ -247,13 +256,31 @@ def _extra_bytes(call: Callable, device: torch.device) -> tuple[int | None, Tens
     return extra, torch.cat([x.flatten() for x in got]) if isinstance(got, tuple) else got
 
 
-def run_room(room: str, *, device: torch.device | None = None, commit: str | None = None) -> dict:
-    """Every case of a room, with the facts of the machine: what `llmopt bench` writes as JSON."""
+def run_room(
+    room: str,
+    *,
+    device: torch.device | None = None,
+    commit: str | None = None,
+    where: Where | None = None,
+) -> dict:
+    """Every case of a room, with the facts of the machine: what `llmopt bench` writes as JSON.
+
+    `where(title, size)` picks some rows: a lesson cannot wait for all of them.
+
+    Raises:
+        BadInput: no such room, or `where` picks nothing.
+        WrongResult: a kernel of ours is wrong.
+    """
     try:
         cases = importlib.import_module(f"llmopt_lab.{room}.cases")
     except ModuleNotFoundError as missing:
         raise BadInput(f"no room called {room!r} has benchmarks") from missing
     device = device or pick_device()
+    picked = [case for case in cases.CASES if _sizes(case, device, where)]
+    require(
+        picked,
+        f"`where` picks no row of {room}; its cases are {[case.title for case in cases.CASES]}",
+    )
     roofline = measure_roofline(device)
     return {
         "format_version": FORMAT_VERSION,
@@ -266,7 +293,7 @@ def run_room(room: str, *, device: torch.device | None = None, commit: str | Non
             "read_gb_s": roofline.read_gb_s,
             "matmul_tflop_s": roofline.matmul_tflop_s,
         },
-        "cases": [run_case(case, device, roofline) for case in cases.CASES],
+        "cases": [run_case(case, device, roofline, where) for case in picked],
     }
 
 
