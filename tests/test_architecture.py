@@ -30,6 +30,7 @@ ROOM_FILE = {
     "attend": ({"records", "reference", "siblings", "kernels"}, {"core", "nn"}),
     "cases": ({"*"}, {"core", "nn"}),
     "peers": ({"*"}, {"core"}),  # what cases.py times, where it is long
+    "decoding": ({"*"}, {"core", "nn"}),  # whole models on the kernels, timed
     "view": ({"records"}, {"core", "widgets"}),
     "__init__": ({"records", "reference", "siblings"}, {"core", "nn"}),
     "reference": ({"records", "reference", "siblings"}, {"core", "nn"}),

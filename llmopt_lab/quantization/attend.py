@@ -12,22 +12,28 @@ from llmopt_lab.core.errors import require
 from llmopt_lab.quantization.linear import CodedLinear, W8A8Linear
 
 
-def use_kernels(model: nn.Module) -> nn.Module:
+def use_kernels(model: nn.Module, *, keep_codes: bool = True) -> nn.Module:
     """Let every quantized layer of `model` multiply with its kernel from now on; returns `model`.
 
     Weight-only layers take `w4a16_linear`, W8A8Linear takes `w8a8_linear`.
+
+    Args:
+        keep_codes: False drops 4-bit codes and scales in the layout of `pack_int4`: such a layer
+            can multiply, and nothing else; it cannot be saved or dequantized any more.
 
     Raises:
         BadInput: nothing is quantized; weight-only codes of more than 4 bits; groups that are no
             multiple of 32 columns and not whole rows. No layer is changed then.
 
-    Cost: 4-bit codes are held a second time, in the kernel's layout.
+    Cost: with `keep_codes`, 4-bit codes are held a second time, in the kernel's layout.
     """
     layers = [module for module in model.modules() if isinstance(module, CodedLinear)]
     require(len(layers) > 0, "no layer is quantized: call quantize_model first")
     products = [_kernel_of(layer) for layer in layers]
     for layer, product in zip(layers, products, strict=True):
         layer.multiply = product
+        if not keep_codes and not isinstance(layer, W8A8Linear):
+            layer.packed = layer.scales = layer.zeros = None
     return model
 
 

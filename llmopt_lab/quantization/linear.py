@@ -35,7 +35,15 @@ class CodedLinear(nn.Module):
 
     @property
     def quantized(self) -> Quantized:
-        """Codes, one a byte, and scales."""
+        """Codes, one a byte, and scales.
+
+        Raises:
+            BadInput: `use_kernels(.., keep_codes=False)` dropped them.
+        """
+        require(
+            self.packed is not None,
+            "the codes are in the kernel's layout only: use_kernels(model) keeps both",
+        )
         codes = unpack_int4(self.packed, self.in_features) if self.bits <= 4 else self.packed
         return Quantized(codes, self.scales, self.zeros, self.bits, self.group_size)
 
