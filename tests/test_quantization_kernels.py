@@ -471,3 +471,26 @@ def test_w8a8_and_fp8_are_right_on_a_gpu_on_random_shapes(n_tokens, n_rows, n_co
     assert torch.equal(got_codes.float(), codes.float()) and torch.equal(got_scale, scale)
     want = (codes.double() * scale.double()) @ (w_codes.double() * w_scale.double()).T
     assert_close(fp8_linear(x, w_codes, w_scale), want, f"fp8 {(n_tokens, n_rows, n_cols)}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n_tokens", [1, 5, 65, 300])
+def test_ragged_cases_are_right_on_a_gpu(n_tokens, dtype):
+    """Every launcher once on sizes that no tile divides: what compute-sanitizer runs."""
+    n_rows, n_cols = 77, 333
+    x = matrix(n_tokens, n_cols, dtype=dtype, device="cuda")
+    for group_size, symmetric in ((64, True), (128, False)):
+        q = quantized(n_rows, n_cols, group_size, symmetric=symmetric, device="cuda")
+        check_w4a16(x, q)
+        got = quantize_int4(weight(n_rows, n_cols).cuda(), group_size=group_size)
+        back = dequantize_int4(*got, n_cols)
+        assert back.shape == (n_rows, n_cols) and bool(back.isfinite().all())
+    w = weight(n_rows, n_cols, device="cuda")
+    check_w8a8(x, w)
+    w_codes, w_scale = reference.quantize_fp8(w, per_row=True)
+    codes, scale = quantize_rows(x, torch.float8_e4m3fn)
+    want = (codes.double() * scale.double()) @ (w_codes.double() * w_scale.double()).T
+    assert_close(fp8_linear(x, w_codes, w_scale), want)
+    codes, scale = quantize_rows(x)
+    assert_close(dequantize_rows(codes, scale, dtype), (codes * scale).to(dtype))
