@@ -278,7 +278,7 @@ def run_room(
     device = device or pick_device()
     picked = [case for case in cases.CASES if _sizes(case, device, where)]
     require(
-        picked,
+        bool(picked),
         f"`where` picks no row of {room}; its cases are {[case.title for case in cases.CASES]}",
     )
     roofline = measure_roofline(device)
