@@ -102,3 +102,24 @@ class ExpertsChose(Record):
             f"{n_experts} experts take {capacity} of {self.n_tokens} tokens each; "
             f"{int((visits == 0).sum())} tokens go nowhere, one goes to {int(visits.max())} experts"
         )
+
+
+@dataclass(frozen=True)
+class TrainingReport(Record):
+    """How a small mixture does after `step` steps of training; means since the report before."""
+
+    way: str                # of balancing
+    step: int
+    bits: float             # of the training text, a byte
+    load: Tensor            # (n_layers, n_experts) float64, shares of a layer's visits
+
+    @property
+    def busiest(self) -> float:
+        """Load of the busiest expert of all layers, in times the mean: 1 is even."""
+        return float(self.load.max()) * self.load.shape[1]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.way}, step {self.step}: {self.bits:.2f} bits a byte; the busiest expert has "
+            f"{self.busiest:.1f} times the mean load"
+        )

@@ -5,7 +5,7 @@ with recording() as trace:
 Player(frames(trace))
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llmopt_lab.core.errors import require
@@ -19,8 +19,21 @@ from llmopt_lab.moe.records import (
     Grouping,
     Overflowed,
     Routing,
+    TrainingReport,
 )
-from llmopt_lab.widgets.panels import Arrows, Bar, Bars, Cell, Frame, Grid, Meter, Token, Tokens
+from llmopt_lab.widgets.panels import (
+    Arrows,
+    Bar,
+    Bars,
+    Cell,
+    Chart,
+    Frame,
+    Grid,
+    Line,
+    Meter,
+    Token,
+    Tokens,
+)
 
 MAX_TOKENS, MAX_VISITS = 12, 36  # beyond: no arrows, a box a token
 MAX_BARS = 16  # beyond: the busiest experts only
@@ -152,6 +165,66 @@ def frames(trace: Trace, *, words: Sequence[str] | None = None) -> list[Frame]:
             panels = picture.panels(step.what, layer)
             result.append(Frame(caption, panels, step.file, step.line, step.index, picture.legend))
     return result
+
+
+def training_frame(runs: Mapping[str, Sequence[TrainingReport]], at: int = -1) -> Frame:
+    """Trainings side by side at their report number `at`: loads a layer, and how they came about.
+
+    Args:
+        runs: name -> its reports, oldest first, equally many and of one model's sizes.
+    """
+    require(
+        len(runs) > 0 and len({len(reports) for reports in runs.values()} | {0}) == 2,
+        "runs must hold one training or more, each with equally many reports, at least 1; got "
+        f"{ {name: len(reports) for name, reports in runs.items()} }",
+    )
+    now = {name: reports[at] for name, reports in runs.items()}
+    until = len(next(iter(runs.values()))) if at == -1 else at + 1
+    n_layers, n_experts = next(iter(now.values())).load.shape
+    grids = []
+    for layer in range(n_layers):
+        rows = []
+        for name, report in now.items():
+            cells = []
+            for e, share in enumerate(report.load[layer].tolist()):
+                tone = "bad" if share * n_experts > 2 else "good"
+                tone = "idle" if share * n_experts < 0.5 else tone
+                note = f"{name}, layer {layer}, expert {e}: {share:.1%} of the visits"
+                cells.append(Cell(f"{share:.0%}", tone, note))
+            rows.append(tuple(cells))
+        columns = tuple(f"expert {e}" for e in range(n_experts))
+        grids.append(Grid(f"layer {layer}: share of the visits", tuple(now), tuple(rows), columns))
+    tones = [f"owner{i}" for i in range(8)]
+    lines = {
+        name: (tones[i % 8], [(r.step, r.busiest) for r in reports[:until]], reports[:until])
+        for i, (name, reports) in enumerate(runs.items())
+    }
+    busiest = Chart(
+        "load of the busiest expert",
+        tuple(Line(name, tuple(points), tone) for name, (tone, points, _) in lines.items()),
+        "steps",
+        "x mean",
+    )
+    bits = Chart(
+        "training text, bits a byte",
+        tuple(
+            Line(name, tuple((r.step, r.bits) for r in reports), tone)
+            for name, (tone, _, reports) in lines.items()
+        ),
+        "steps",
+        "bits",
+    )
+    told = "; ".join(
+        f"{name}: {r.bits:.2f} bits a byte, busiest {r.busiest:.1f} times the mean"
+        for name, r in now.items()
+    )
+    legend = (
+        ("bad", "more than twice the mean"),
+        ("good", "half to twice the mean"),
+        ("idle", "less than half the mean"),
+    )
+    step = next(iter(now.values())).step
+    return Frame(f"Step {step}. {told}.", (*grids, busiest, bits), legend=legend)
 
 
 class _Picture:
