@@ -12,7 +12,13 @@ from llmopt_lab.core.errors import BadInput
 from llmopt_lab.moe import moe_layer, route
 from llmopt_lab.moe.balance import balance_loss, expert_load, max_violation, moved_bias, z_loss
 from llmopt_lab.moe.cases import guides_load_balancing_loss, layer
-from llmopt_lab.moe.model_routing import CLASSES, model_routing, token_class, weights_of
+from llmopt_lab.moe.model_routing import (
+    CLASSES,
+    mixture_input,
+    model_routing,
+    token_class,
+    weights_of,
+)
 from llmopt_lab.moe.reference import swiglu
 from llmopt_lab.moe.specialisation import mutual_information, specialisation
 from llmopt_lab.moe.upcycle import split_experts, upcycle
@@ -243,6 +249,14 @@ def test_every_layer_of_lab_moe_is_our_layer(lab_moe):
         assert_close(moe_layer(x, *weights_of(block.mlp), k=2), block.mlp(x))
 
 
+def test_the_input_of_a_mixture_is_what_its_layer_gives_it(lab_moe):
+    tokens = lab_moe.encode(TEXT)
+    x = mixture_input(lab_moe.model, tokens, layer=2)
+    routing = route(x @ lab_moe.model.layers[2].mlp.gate.weight.T, 2)
+    assert torch.equal(routing.experts, model_routing(lab_moe.model, tokens)[2].experts)
+    assert not lab_moe.model.layers[2].mlp._forward_pre_hooks, "a hook was left behind"
+
+
 def test_lab_moe_specialises(lab_moe):
     text = "".join(f"def f{i}(a, b):\n    return a * {i} + b\n\n\n" for i in range(100, 140))
     tokens = lab_moe.encode(text)
@@ -278,6 +292,8 @@ RNG = torch.Generator()
         ("counts must", lambda: mutual_information(torch.zeros(2, 2))),
         ("2 tokens", lambda: specialisation(torch.ones(3, 1), torch.ones(4), rng=RNG)),
         ("from 0", lambda: specialisation(-torch.ones(3, 1), torch.ones(3), rng=RNG)),
+        ("got 1", lambda: mixture_input(dense(), torch.ones(3).long(), layer=1)),
+        ("got 0", lambda: mixture_input(dense(), torch.ones(3).long(), layer=0)),
         ("load lab-moe", lambda: model_routing(dense(), torch.ones(3).long())),
     ],
 )  # fmt: skip

@@ -9,7 +9,7 @@ from llmopt_lab.core.trace import Trace, recording
 from llmopt_lab.moe import expert_choice_layer, moe_layer
 from llmopt_lab.moe.cases import RAGGED, layer, toy
 from llmopt_lab.moe.records import Grouping, Overflowed, Routing
-from llmopt_lab.moe.view import frames
+from llmopt_lab.moe.view import expert_frames, frames
 from llmopt_lab.widgets.draw import describe, draw_series
 from llmopt_lab.widgets.panels import Arrows, Bars, Grid, Meter, Tokens
 from llmopt_lab.widgets.player import Player
@@ -164,6 +164,24 @@ def test_in_expert_choice_a_token_that_nobody_took_is_named():
     assert (first.text, first.tone, first.note) == ("nobody", "bad", "token 1: taken by nobody")
     assert dict(run[0].legend)["bad"] == "taken by nobody"
     assert loads(run[-1]) == {f"expert {e}": 1 for e in range(4)}
+
+
+def test_the_text_of_an_expert_is_its_visitors_and_its_bar_their_share():
+    experts = torch.tensor([[0, 1], [2, 0], [2, 1]])
+    weights = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.5, 0.5]])
+    run = expert_frames(experts, weights, ["a", "\n", "a"], n_experts=4)
+    assert len(run) == 4
+    assert [[t.tone for t in panel(f, Tokens).tokens] for f in run] == [
+        ["new", "active", "idle"], ["active", "idle", "active"], ["idle", "new", "new"],
+        ["idle"] * 3,
+    ]  # fmt: skip
+    assert [bar.value for bar in panel(run[0], Bars).bars] == [pytest.approx(100 / 3)] * 3 + [0]
+    assert run[1].caption == "Expert 1 gets 2 of 6 visits; even would be 2. Most often: a (2)."
+    assert run[3].caption.endswith("Most often: none.")
+    assert panel(run[0], Tokens).tokens[1].note == "token 1 ↵: expert 2 (0.60), expert 0 (0.40)"
+    draw_series(run)
+    with pytest.raises(BadInput, match="with a word a token"):
+        expert_frames(experts, weights, ["a"], n_experts=4)
 
 
 def test_every_tone_has_a_name_and_every_word_says_what_it_is():

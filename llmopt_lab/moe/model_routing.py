@@ -83,6 +83,27 @@ def model_routing(
     ]
 
 
+@torch.no_grad()
+def mixture_input(model: Transformer, tokens: Tensor, *, layer: int) -> Tensor:
+    """What the mixture of one layer gets for `tokens` (n,) int64: (n, d_model).
+
+    Raises:
+        BadInput: there is no such layer, or it is no mixture.
+    """
+    layers = model.layers
+    require(
+        0 <= layer < len(layers) and hasattr(layers[layer].mlp, "route"),
+        f"layer must be that of a mixture, one of {len(layers)} layers; got {layer}",
+    )
+    seen = []
+    handle = layers[layer].mlp.register_forward_pre_hook(lambda _, given: seen.append(given[0][0]))
+    try:
+        model(tokens[None], last_only=True)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
 def weights_of(mixture: MixtureOfExperts) -> tuple[Tensor, Tensor, Tensor]:
     """router, w_gate_up and w_down of a layer of the model, as `moe_layer` takes them."""
     gate_up = torch.cat([mixture.gate_proj, mixture.up_proj], dim=1).mT.contiguous()

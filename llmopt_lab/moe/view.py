@@ -5,8 +5,11 @@ with recording() as trace:
 Player(frames(trace))
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from llmopt_lab.core.errors import require
 from llmopt_lab.core.memory import Load
@@ -164,6 +167,51 @@ def frames(trace: Trace, *, words: Sequence[str] | None = None) -> list[Frame]:
         if caption:
             panels = picture.panels(step.what, layer)
             result.append(Frame(caption, panels, step.file, step.line, step.index, picture.legend))
+    return result
+
+
+def expert_frames(
+    experts: Tensor, weights: Tensor, words: Sequence[str], *, n_experts: int
+) -> list[Frame]:
+    """One frame an expert: the words of a text that visit it, and the load of all.
+
+    Args:
+        experts, weights: (n_tokens, k), best first, as a layer of a model chose.
+        words: (n_tokens,) of them.
+        n_experts: of the layer.
+    """
+    require(
+        experts.shape == weights.shape == (len(words), experts.shape[-1]),
+        "experts and weights must be (n_tokens, k), with a word a token; got "
+        f"{tuple(experts.shape)}, {tuple(weights.shape)} and {len(words)} words",
+    )
+    counts = [int((experts == e).sum()) for e in range(n_experts)]
+    choices = [
+        dict(zip(*pair, strict=True))
+        for pair in zip(experts.tolist(), weights.tolist(), strict=True)
+    ]
+    result = []
+    for e, count in enumerate(counts):
+        boxes = []
+        for t, (word, chosen) in enumerate(zip(words, choices, strict=True)):
+            tone = "new" if next(iter(chosen)) == e else "active" if e in chosen else "idle"
+            told = ", ".join(f"expert {x} ({w:.2f})" for x, w in chosen.items())
+            boxes.append(Token(word, tone, f"token {t} {_visible(word)}: {told}"))
+        bars = tuple(
+            Bar(f"expert {x}", 100 * n / experts.numel(), "new" if x == e else "idle")
+            for x, n in enumerate(counts)
+        )
+        common = Counter(
+            _visible(w) for w, chosen in zip(words, choices, strict=True) if e in chosen
+        )
+        told = ", ".join(f"{w} ({n})" for w, n in common.most_common(5)) or "none"
+        caption = (
+            f"Expert {e} gets {count} of {experts.numel()} visits; even would be "
+            f"{experts.numel() / n_experts:.0f}. Most often: {told}."
+        )
+        legend = (("new", "first choice"), ("active", "a later choice"), ("idle", "others"))
+        panels = (Tokens("the text", tuple(boxes)), Bars("load", bars, "% of the visits"))
+        result.append(Frame(caption, panels, legend=legend))
     return result
 
 
