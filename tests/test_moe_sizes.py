@@ -6,24 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmopt_lab.core.errors import BadInput
-from llmopt_lab.moe.sizes import ModelSize, expected_touched, uniform_visits
+from llmopt_lab.moe.sizes import PUBLISHED, ModelSize, expected_touched, uniform_visits
 
-MIXTRAL_8X7B = {
-    "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "num_local_experts": 8, "num_experts_per_tok": 2, "tie_word_embeddings": False,
-}  # fmt: skip
-QWEN3_30B_A3B = {
-    "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 48,
-    "intermediate_size": 6144, "num_attention_heads": 32, "num_key_value_heads": 4,
-    "head_dim": 128, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
-}  # fmt: skip
-SWITCH_C = {
-    "model_type": "switch_transformers", "vocab_size": 32128, "d_model": 2080, "d_ff": 6144,
-    "d_kv": 64, "num_heads": 32, "num_layers": 15, "num_decoder_layers": 15, "num_experts": 2048,
-    "num_sparse_encoder_layers": 15, "num_sparse_decoder_layers": 15,
-    "relative_attention_num_buckets": 32,
-}  # fmt: skip
+MIXTRAL_8X7B, QWEN3_30B_A3B, DEEPSEEK_V3, SWITCH_C = PUBLISHED.values()
 
 
 def test_published_sizes_come_out():
@@ -31,6 +16,8 @@ def test_published_sizes_come_out():
     assert (mixtral.total, mixtral.active) == (46_702_792_704, 12_879_925_248)
     assert (qwen.total, qwen.active) == (30_532_122_624, 3_353_032_704)
     assert round(switch.total / 1e9) == 1571
+    deepseek = ModelSize.from_hf(DEEPSEEK_V3)
+    assert (round(deepseek.total / 1e9), round(deepseek.active / 1e9)) == (671, 38)
 
 
 def test_the_guides_160_is_909_for_switch_c_and_its_memory_is_not_reduced_at_all():

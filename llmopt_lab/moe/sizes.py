@@ -232,3 +232,33 @@ FAMILIES = {
     "mixtral": _mixtral, "qwen3_moe": _qwen3_moe, "deepseek_v2": _deepseek,
     "deepseek_v3": _deepseek, "switch_transformers": _switch,
 }
+
+# What the models' own config.json files say, as far as it is counted. Switch-C's is not published
+# in this form: these sizes give the published 1,571 billion.
+PUBLISHED = {
+    "Mixtral 8x7B": {
+        "model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096,
+        "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+    },
+    "Qwen3-30B-A3B": {
+        "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048,
+        "num_hidden_layers": 48, "intermediate_size": 6144, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "head_dim": 128, "moe_intermediate_size": 768,
+        "num_experts": 128, "num_experts_per_tok": 8,
+    },
+    "DeepSeek-V3": {
+        "model_type": "deepseek_v3", "vocab_size": 129280, "hidden_size": 7168,
+        "num_hidden_layers": 61, "intermediate_size": 18432, "num_attention_heads": 128,
+        "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+        "v_head_dim": 128, "n_routed_experts": 256, "n_shared_experts": 1,
+        "num_experts_per_tok": 8, "moe_intermediate_size": 2048, "first_k_dense_replace": 3,
+    },
+    "Switch-C": {
+        "model_type": "switch_transformers", "vocab_size": 32128, "d_model": 2080, "d_ff": 6144,
+        "d_kv": 64, "num_heads": 32, "num_layers": 15, "num_decoder_layers": 15,
+        "num_experts": 2048, "num_sparse_encoder_layers": 15, "num_sparse_decoder_layers": 15,
+        "relative_attention_num_buckets": 32,
+    },
+}
