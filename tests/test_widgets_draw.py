@@ -104,6 +104,17 @@ def test_a_bar_is_as_long_as_its_value():
     assert y == pytest.approx(4 * x, abs=0.5)  # coordinates have one decimal
 
 
+def test_the_shaded_part_of_a_bar_lies_on_its_beginning_and_is_told():
+    frame = Frame("c", (Bars("b", (Bar("x", 8, "good", shaded=2), Bar("y", 4))),))
+    root = ET.fromstring(draw_frame(frame))
+    boxes = [r for r in root.iter(f"{SVG}rect") if r.get("height") == "22"]
+    whole, shade, other = boxes
+    assert shade.get("class") == "lm-g" and shade.get("x") == whole.get("x")
+    assert float(whole.get("width")) == pytest.approx(4 * float(shade.get("width")), abs=0.5)
+    assert other.get("class") == "lm-f"
+    assert "8, 2 of it shaded" in "".join(describe(frame))
+
+
 def test_a_line_goes_through_its_points_and_its_label_stands_at_its_end():
     lines = Line("low", ((0, 0), (2, 5), (4, 5))), Line("cut", ((0, 10), (4, 40)), "bad")
     root = ET.fromstring(draw_frame(Frame("c", (Chart("t", lines, "columns", "%", top=10),))))
@@ -161,6 +172,18 @@ def test_an_arrow_ends_at_the_cell_it_points_to(pool):
     on_top_edge = abs(y - top) < 0.2 and left < x < right
     on_left_edge = abs(x - left) < 0.2 and top < y < bottom
     assert on_top_edge or on_left_edge
+
+
+def test_an_arrow_back_starts_before_the_label_of_its_row():
+    tokens = Grid("tokens", (), ((Cell("t0"),), (Cell("t1"),)))
+    experts = Grid("experts", ("expert 0", "expert 1"), ((Cell("t0"),), (Cell("t1"),)))
+    frame = Frame("c", (tokens, experts, Arrows((((1, 1, 0), (0, 0, 0)),))))
+    root = ET.fromstring(draw_frame(frame))
+    groups = [g for g in root[-1].findall(f"{SVG}g") if g.get("transform")]
+    label = float(re.findall(r"[\d.]+", groups[1].get("transform"))[0])
+    (arrow,) = [g for g in root[-1].findall(f"{SVG}g") if len(g.findall(f"{SVG}path")) == 3]
+    start = re.match(r"M([\d.]+) ([\d.]+)", arrow.find(f"{SVG}path").get("d"))
+    assert float(start[1]) == pytest.approx(label, abs=0.2)
 
 
 def test_a_series_keeps_its_size_and_the_places_of_its_panels():
@@ -231,6 +254,7 @@ def test_the_legend_names_the_tones_in_use_and_no_others():
         (Grid("g", ("a", "b"), ((Cell(),),)), "1 rows and 2 row labels"),
         (Bars("b", (Bar("x", float("nan")),)), "is nan"),
         (Bars("b", (Bar("x", -1),)), "cannot be negative"),
+        (Bars("b", (Bar("x", 1, shaded=2),)), "so 0 to that can be shaded; got 2"),
         (Bars("b", (Bar("x", 1),), top=float("inf")), "is inf"),
         (Grid("g", (), ((Cell(heat=1.5),),)), "heat is a share, 0 to 1; got 1.5"),
         (Chart("t", (Line("x", ((0, -1),)),)), "negative y"),

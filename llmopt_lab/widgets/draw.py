@@ -96,6 +96,7 @@ def describe(frame: Frame) -> Iterator[str]:
             case Bars():
                 for bar in panel.bars:
                     value = f"{number(bar.value)} {panel.unit}".strip()
+                    value += f", {number(bar.shaded)} of it shaded" if bar.shaded else ""
                     yield f"{_say(bar.label, bar.tone, frame)} {value}. "
             case Chart():
                 for line in panel.lines:
@@ -170,6 +171,11 @@ def _check(frame: Frame) -> None:
                         bar.value >= 0,
                         f"Bars {panel.title!r}: {bar.label!r} is {bar.value}; bars start at 0 and "
                         "cannot be negative",
+                    )
+                    require(
+                        0 <= bar.shaded <= bar.value,
+                        f"Bars {panel.title!r}: {bar.label!r} is {bar.value}, so 0 to that can be "
+                        f"shaded; got {bar.shaded}",
                     )
                 if panel.top is not None:
                     _finite(panel.top, f"top of Bars {panel.title!r}")
@@ -499,10 +505,12 @@ def _bars(bars: Bars, room: Room) -> Iterator[str]:
         y = TITLE_HEIGHT + BAR_PITCH * i
         length = min(bar.value, room.span[1]) * scale
         value = f"{number(bar.value)} {bars.unit}".strip()
+        shade = _box(room.label, y, min(bar.shaded, room.span[1]) * scale, 22, 3)
+        shade = shade.replace('"lm-f"', '"lm-g" opacity="0.5"') if bar.shaded else ""
         yield (
             _text(bar.label, 0, y + 16, room.label - 30, "")
             + f'<g class="lm-{bar.tone}">{_mark(bar.tone, room.label - 14, y + 11)}'
-            + f"{_box(room.label, y, length, 22, 3)}</g>"
+            + f"{_box(room.label, y, length, 22, 3)}{shade}</g>"
             + _text(value, room.label + length + 8, y + 16, value_width - 8, "lm-c lm-s")
         )
     yield f'<path class="lm-l" d="{base}"/>'
@@ -645,6 +653,9 @@ def _arrows(arrows: Arrows, grids: list[tuple[Grid, Room]]) -> Iterator[str]:
         label = grids[target[0]][1].label
         if beside and a.x < b.x and target[2] == 0:  # stop before the row's label
             b = Room(b.width + label, b.height, b.x - label, b.y)
+        elif beside and a.x > b.x and column == 0:  # and start before it on the way back
+            label = grids[grid][1].label
+            a = Room(a.width + label, a.height, a.x - label, a.y)
         yield f'<g class="lm-{tone}">{_arrow(a, b, beside or a.y == b.y)}</g>'
 
 

@@ -51,11 +51,13 @@ class Arrows:
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: a label, a value, a tone."""
+    """One bar: a label, a value, a tone. From 0 to `shaded` it is filled in the strong colour: a
+    part that it shares with another bar, for instance."""
 
     label: str
     value: float | int
     tone: str = "active"
+    shaded: float | int = 0
 
 
 @dataclass(frozen=True)
