@@ -59,7 +59,7 @@ def _kl_rows_kernel(
     loss_ptr,                       # (n_rows,) float32
     student_row, teacher_row,       # strides in elements; a row is contiguous
     n_vocab, scale_log2,            # scale_log2 = log2(e) / T
-    MASKED: tl.constexpr, TILE: tl.constexpr,
+    MASKED: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):
     """One program: KL(teacher || student) of one row, and softmax(student) - softmax(teacher)."""
     row = tl.program_id(0).to(tl.int64)
@@ -76,7 +76,7 @@ def _kl_rows_kernel(
     n_tiles = tl.cdiv(n_vocab, TILE)
 
     m_s, total_s, m_t, total_t = -float("inf"), 0.0, -float("inf"), 0.0
-    for tile in range(0, n_tiles):
+    for tile in tl.range(0, n_tiles, num_stages=STAGES):
         z_s = _load_logits(student_ptr, tile * TILE, n_vocab, scale_log2, TILE)     # (TILE,)
         z_t = _load_logits(teacher_ptr, tile * TILE, n_vocab, scale_log2, TILE)
         m_s, total_s = _absorb(m_s, total_s, z_s)
@@ -84,7 +84,7 @@ def _kl_rows_kernel(
     lse_s, lse_t = m_s + tl.log2(total_s), m_t + tl.log2(total_t)
 
     loss = 0.0
-    for step in range(0, n_tiles):
+    for step in tl.range(0, n_tiles, num_stages=STAGES):
         first = (n_tiles - 1 - step) * TILE
         log_q = _load_logits(student_ptr, first, n_vocab, scale_log2, TILE) - lse_s     # (TILE,)
         log_p = _load_logits(teacher_ptr, first, n_vocab, scale_log2, TILE) - lse_t
@@ -96,18 +96,23 @@ def _kl_rows_kernel(
 
 
 class Tiles(NamedTuple):
-    """Tokens of the vocabulary that a program holds at once, and its warps."""
+    """Tokens of the vocabulary that a program holds at once, its warps, and tiles on the way."""
 
     tile: int
     n_warps: int
+    n_stages: int = 1
 
 
 def choose_tiles(n_vocab: int) -> Tiles:
-    """Of the row kernel, for a vocabulary."""
+    """Of the row kernel, for a vocabulary, in this session."""
     if interpreting():
         return Tiles(16, 4)         # small, so that small examples have several
-    tile = min(8192, max(128, triton.next_power_of_2(n_vocab)))
-    return Tiles(tile, max(4, tile // 512))
+    return tiles_for(n_vocab)
+
+
+def tiles_for(n_vocab: int) -> Tiles:
+    """On a GPU: 16 numbers a thread."""
+    return Tiles(2048, 4) if n_vocab <= 2048 else Tiles(8192, 16)
 
 
 def kl_rows(
@@ -123,13 +128,13 @@ def kl_rows(
 
     Cost: reads both logits twice, writes one; the second read mostly from the caches.
     """
-    tile, n_warps = tiles or choose_tiles(student.shape[1])
+    tile, n_warps, n_stages = tiles or choose_tiles(student.shape[1])
     if len(student) == 0:
         return
     _kl_rows_kernel[(len(student),)](
         student, teacher, student if mask is None else mask, loss,
         student.stride(0), teacher.stride(0), student.shape[1], LOG2_E.value / temperature,
-        MASKED=mask is not None, TILE=tile, num_warps=n_warps,
+        MASKED=mask is not None, TILE=tile, STAGES=n_stages, num_warps=n_warps,
     )  # fmt: skip
 
 

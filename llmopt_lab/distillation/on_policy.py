@@ -75,13 +75,13 @@ def write(
     prompts: Tensor,
     *,
     n_new: int,
-    rng: torch.Generator,
+    rng: torch.Generator | None,
     temperature: float = 1.0,
     who: str = "student",
 ) -> Tensor:
     """Continue all prompts at once by n_new sampled tokens each: (rows, n_prompt + n_new) int64.
 
-    `prompts` (rows, n_prompt) int64; `rng` on the model's device; `temperature` 0 is greedy. No
+    `prompts` (rows, n_prompt) int64; `rng` on the model's device; `temperature` 0 is greedy and needs none. No
     token ends a text: after the separator the model begins another one.
 
     Raises:
@@ -103,6 +103,10 @@ def write(
         f"got prompts of {prompts.shape[1]} and {n_new} new tokens",
     )
     require(temperature >= 0, f"temperature must be 0 (greedy) or positive; got {temperature}")
+    require(
+        temperature == 0 or rng is not None,
+        "sampling at a temperature above 0 needs rng=torch.Generator().manual_seed(...)",
+    )
     tokens = [prompts]
     cache = KVCache(
         model.config,
@@ -120,7 +124,7 @@ def write(
     return tokens
 
 
-def draw(logits: Tensor, temperature: float, rng: torch.Generator) -> Tensor:
+def draw(logits: Tensor, temperature: float, rng: torch.Generator | None) -> Tensor:
     """A token for each row of logits (rows, n_vocab), (rows,) int64, without a look at the values.
 
     The largest of log p + Gumbel noise has the distribution p (Gumbel 1954); the noise is -log of

@@ -33,10 +33,6 @@ def teacher_texts(
     search's best). At a temperature above 0 samples, which need `rng` on the teacher's device.
     """
     check_teacher(teacher)
-    require(
-        temperature == 0 or rng is not None,
-        "sampling at a temperature above 0 needs rng=torch.Generator().manual_seed(...)",
-    )
     return write(teacher, prompts, n_new=n_new, temperature=temperature, rng=rng, who="teacher")
 
 

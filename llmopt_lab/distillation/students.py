@@ -29,7 +29,7 @@ from llmopt_lab.nn.transformer import Transformer
 from llmopt_lab.nn.weights import load
 
 TEACHER = "lab-target"
-STEPS = 700
+STEPS = 600
 COMMON = dict(steps=STEPS, batch=64, context=1024, reports=40)
 
 
