@@ -359,8 +359,6 @@ def test_the_step_minimises_what_the_reference_says():
     tables = rope_tables(student.config, torch.arange(8)[None], torch.float64) * 2
     method = Method(soft_weight=0.7, temperature=2.0)
     read, labels = tokens[:, :-1], tokens[:, 1:]
-    from llmopt_lab.distillation import distillation_loss
-
     want = distillation_loss(student(read), teacher(read), labels, temperature=2.0)
     assert_close(loss_of(student, teacher, tokens, tables, method, 0), want)
     own = torch.arange(8).expand(3, 8) >= 3  # 4 tokens given

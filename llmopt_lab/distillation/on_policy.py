@@ -81,8 +81,8 @@ def write(
 ) -> Tensor:
     """Continue all prompts at once by n_new sampled tokens each: (rows, n_prompt + n_new) int64.
 
-    `prompts` (rows, n_prompt) int64; `rng` on the model's device; `temperature` 0 is greedy and needs none. No
-    token ends a text: after the separator the model begins another one.
+    `prompts` (rows, n_prompt) int64; `rng` on the model's device, not needed at `temperature` 0,
+    which is greedy. No token ends a text: after the separator the model begins another one.
 
     Raises:
         BadInput: no prompt, no new token, more tokens than the model has positions, or a negative
