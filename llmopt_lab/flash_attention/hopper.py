@@ -127,9 +127,18 @@ def _produce(descs, tiles, bars, sizes, counter_ptr, CAUSAL: gl.constexpr, GROUP
 
 
 @jit
+def _row_parts(p, TILE_K: gl.constexpr):
+    """(64, 4): the sums of what each of the four threads that share a row holds of it.
+
+    They meet once, after the last key tile: no exchange between threads for the total in the loop.
+    """
+    return gl.sum(gl.sum(p.reshape([64, TILE_K // 8, 4, 2]), 3), 1)
+
+
+@jit
 def _absorb(scores, m, total, scale_log2, row, first_k, n_q, n_k, CAUSAL: gl.constexpr,
             MASKED: gl.constexpr, TILE_K: gl.constexpr, SCORES: gl.constexpr):
-    """Online softmax: one tile of scores into the running maximum and total."""
+    """Online softmax: one tile of scores into the running maximum and total (64, 4)."""
     if MASKED:
         key = first_k + gl.arange(0, TILE_K, gl.SliceLayout(0, SCORES))
         ok = gl.expand_dims(key < n_k, 0)
@@ -142,7 +151,9 @@ def _absorb(scores, m, total, scale_log2, row, first_k, n_q, n_k, CAUSAL: gl.con
         base = gl.where(m_new == -float("inf"), 0.0, m_new)     # a row that sees no key yet
     p = gl.exp2(scores * scale_log2 - gl.expand_dims(base, 1))
     shrink = gl.exp2(m - base)
-    total = shrink * total + gl.sum(p, 1)
+    parts = _row_parts(p, TILE_K)
+    shrink_parts = gl.convert_layout(shrink, gl.SliceLayout(1, parts.type.layout))
+    total = gl.expand_dims(shrink_parts, 1) * total + parts
     return p, shrink, m_new, total
 
 
@@ -222,9 +233,9 @@ def _consume(descs, tiles, bars, sizes, lse_ptr, scale_log2,
         first_q += WHO * 64
         row = first_q + gl.arange(0, 64, gl.SliceLayout(1, SCORES))
         m = gl.full([64], -float("inf"), gl.float32, gl.SliceLayout(1, SCORES))
-        total = gl.full([64], 0.0, gl.float32, gl.SliceLayout(1, SCORES))
         acc = gl.zeros([64, D], gl.float32, OUT)
         zeros = gl.zeros([64, TILE_K], gl.float32, SCORES)
+        total = _row_parts(zeros, TILE_K)
         # the key tiles [n_whole, n_key_tiles) reach past a row's last key
         reach = n_k
         if CAUSAL:
@@ -265,6 +276,7 @@ def _consume(descs, tiles, bars, sizes, lse_ptr, scale_log2,
             0, deps=[warpgroup_mma(p, v_s.index(before).reshape([TILE_K, D]), acc, is_async=True)])
         mbarrier.arrive(v_free.index(before), count=1)
 
+        total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, SCORES))
         some = total > 0
         lse = gl.where(some, LN_2 * (m + gl.log2(total)), -float("inf"))
         gl.store(lse_ptr + head.to(gl.int64) * n_q + row, lse, row < n_q)
