@@ -1,6 +1,7 @@
 """Inputs shared by tests, benchmarks and the notebook."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -11,6 +12,7 @@ from llmopt_lab.core.trace import record
 from llmopt_lab.nn.config import ModelConfig
 from llmopt_lab.nn.transformer import Transformer
 from llmopt_lab.speculative_decoding import reference
+from llmopt_lab.speculative_decoding.chance import Dice
 from llmopt_lab.speculative_decoding.drafts import skip_layers
 from llmopt_lab.speculative_decoding.records import ROOT, Read, Rewound
 from llmopt_lab.speculative_decoding.tree import speculative_decode_tree
@@ -89,6 +91,111 @@ def random_row(n_vocab: int, seed: int, text: tuple[int, ...]) -> Tensor:
         number = (number * (n_vocab + 1) + token + 1) % (2**61 - 1)
     rng = torch.Generator().manual_seed(number)
     return torch.randn(n_vocab, generator=rng, dtype=torch.float64)
+
+
+class Chooser:
+    """A model in name only that always takes its likeliest token: a text has one continuation.
+
+    Args:
+        n_vocab, seed: another seed, another model.
+        like: a second one, and the chance that this one chooses as that does.
+        most_calls: refuse to go on after so many passes: some loop has no end.
+    """
+
+    def __init__(
+        self, n_vocab: int, seed: int, *, like: tuple["Chooser", float] | None = None,
+        most_calls: int = 100_000,
+    ):  # fmt: skip
+        self.n_vocab, self.seed, self.like, self.most_calls = n_vocab, seed, like, most_calls
+        self.n_calls = 0
+
+    def choices(self, text: Sequence[int], n_last: int) -> list[int]:
+        """One forward pass: what it would put after each of the last `n_last` tokens of `text`."""
+        require(
+            1 <= n_last <= len(text),
+            f"n_last must be 1 to {len(text)}, the tokens that were given; got {n_last}",
+        )
+        require(
+            self.n_calls < self.most_calls,
+            f"{self.n_calls:,} passes and no end in sight: does every round add a token?",
+        )
+        self.n_calls += 1
+        return [self._choice(text[:end]) for end in range(len(text) - n_last + 1, len(text) + 1)]
+
+    def _choice(self, text: Sequence[int]) -> int:
+        row = random_row(self.n_vocab, self.seed, tuple(text))
+        if self.like is None:
+            return int(row.argmax())
+        other, accuracy = self.like
+        right = other._choice(text)
+        drawn = (1 + math.erf(float(row[0]) / math.sqrt(2))) / 2  # uniform from 0 to 1
+        return right if drawn < accuracy else (right + 1 + int(row[1:].argmax())) % self.n_vocab
+
+
+def guides_speculative_decode(
+    small: Chooser, large: Chooser, prompt: list[int], k: int, n_new: int
+) -> list[int]:
+    """The guide's loop, its bug included; at least `n_new` tokens after `prompt`.
+
+    Changed to run: the prompt is not nested, `done` is a length, `accept_token` is equality, and
+    `verify` gets the whole text where the guide sends it the guesses alone.
+    """
+    tokens = [*prompt]
+    while len(tokens) < len(prompt) + n_new:
+        speculative_tokens = []
+        for _ in range(k):
+            next_token = small.choices(tokens, 1)[0]
+            speculative_tokens.append(next_token)
+            tokens.append(next_token)
+        verified_tokens = large.choices(tokens[:-1], k)
+        accepted = 0
+        for spec, verif in zip(speculative_tokens, verified_tokens, strict=True):
+            if spec == verif:
+                accepted += 1
+            else:
+                break
+        if accepted < k:
+            tokens[-1] = verified_tokens[accepted]
+    return tokens
+
+
+# What to make of a guess that was drawn from q: (the token, whether it is the guess that was kept)
+Rule = Callable[[int, Tensor, Tensor, Dice], tuple[int, bool]]
+
+
+def kept_or_residual(guess: int, p: Tensor, q: Tensor, dice: Dice) -> tuple[int, bool]:
+    """Kept with chance min(1, p/q); if not, drawn from max(p - q, 0) / its sum."""
+    if dice.happens(reference.chance_to_keep(guess, p, q)):
+        return guess, True
+    return dice.pick(reference.residual(p, q)), False
+
+
+def kept_or_fresh(guess: int, p: Tensor, q: Tensor, dice: Dice) -> tuple[int, bool]:
+    """Kept with chance min(1, p/q); if not, drawn from p."""
+    if dice.happens(reference.chance_to_keep(guess, p, q)):
+        return guess, True
+    return dice.pick(p), False
+
+
+def likely_or_fresh(guess: int, p: Tensor, q: Tensor, dice: Dice) -> tuple[int, bool]:
+    """Kept where p is above 0.1; if not, drawn from p."""
+    if p[guess] > 0.1:
+        return guess, True
+    return dice.pick(p), False
+
+
+def same_as_a_sample(guess: int, p: Tensor, q: Tensor, dice: Dice) -> tuple[int, bool]:
+    """A token is drawn from p; the guess is kept where it is that token."""
+    token = dice.pick(p)
+    return token, token == guess
+
+
+RULES: dict[str, Rule] = {
+    "min(1, p/q), else the residual": kept_or_residual,
+    "min(1, p/q), else p": kept_or_fresh,
+    "p above 0.1, else p": likely_or_fresh,
+    "if a sample of p is the same": same_as_a_sample,
+}
 
 
 def strip_example(module) -> dict[str, Tensor]:
