@@ -210,7 +210,7 @@ def expert_frames(
             f"{experts.numel() / n_experts:.0f}. Most often: {told}."
         )
         legend = (("new", "first choice"), ("active", "a later choice"), ("idle", "others"))
-        panels = (Tokens("the text", tuple(boxes)), Bars("load", bars, "% of the visits"))
+        panels = (Tokens("the text", tuple(boxes)), Bars("load: share of the visits", bars, "%"))
         result.append(Frame(caption, panels, legend=legend))
     return result
 
