@@ -29,6 +29,7 @@ from llmopt_lab.nn.transformer import Transformer
 from llmopt_lab.nn.weights import load
 
 TEACHER = "lab-target"
+FRESH = "random weights"
 STEPS = 600
 COMMON = dict(steps=STEPS, batch=64, context=1024, reports=40)
 
@@ -57,7 +58,7 @@ STUDENTS = {
     "lab-student-small": Student(
         lambda teacher: fresh(SMALL_CONFIG, seed=0).to(teacher.device),
         Recipe(SMALL_CONFIG, **COMMON),
-        "random weights",
+        FRESH,
     ),
     "lab-draft": Student(
         _draft,
@@ -85,6 +86,10 @@ def run(name: str, method: Method, recipe: Recipe, corpus: Path, out: Path, *, p
     )
     batches = Batches(read_tokens(corpus / "train.tokens.xz"), recipe, device)
     sample = held_out.sample(16)
+    before = None
+    if STUDENTS[name].begins_as != FRESH:
+        before = measure(as_teacher(student), teacher, held_out, recipe.context)
+        student.requires_grad_()
     curve = train(
         student, teacher, batches, recipe, method,
         checkpoint=out / "checkpoint.pt", progress=progress,
@@ -104,6 +109,7 @@ def run(name: str, method: Method, recipe: Recipe, corpus: Path, out: Path, *, p
         "tokens": recipe.steps * recipe.batch * recipe.context,
         "epochs": recipe.steps / batches.steps_per_epoch,
         "seconds": curve[-1]["seconds"],
+        "before": before,
         "held_out": measure(student, teacher, held_out, recipe.context),
         "environment": software_facts() | {"python": platform.python_version(), **hardware_facts()},
         "curve": curve,
