@@ -1,9 +1,9 @@
 """The students that ship: how each begins, what it learns from, and what it has kept.
 
     python -m llmopt_lab.distillation.students lab-student distilled      # a minute or two on a GPU
-    python -m llmopt_lab.distillation.students ship .lab/students         # folders and results
+    python -m llmopt_lab.distillation.ship .lab/students                  # folders and results
 
-Both read the corpus that `python -m llmopt_lab.nn.train corpus` makes.
+The first reads the corpus that `python -m llmopt_lab.nn.train corpus` makes.
 """
 
 import argparse
@@ -30,8 +30,7 @@ from llmopt_lab.nn.weights import load
 
 TEACHER = "lab-target"
 FRESH = "random weights"
-STEPS = 600
-COMMON = dict(steps=STEPS, batch=64, context=1024, reports=40)
+COMMON = dict(batch=64, context=1024, reports=40)
 
 
 @dataclass(frozen=True)
@@ -52,24 +51,24 @@ LAYERS = (0, 2, 5)
 STUDENTS = {
     "lab-student": Student(
         partial(keep_layers, layers=LAYERS),
-        Recipe(SMALL_CONFIG, matrix_lr=0.01, other_lr=1.5e-3, **COMMON),
+        Recipe(SMALL_CONFIG, steps=600, matrix_lr=0.01, other_lr=1.5e-3, **COMMON),
         f"layers {', '.join(map(str, LAYERS))} of {TEACHER}",
     ),
     "lab-student-small": Student(
         lambda teacher: fresh(SMALL_CONFIG, seed=0).to(teacher.device),
-        Recipe(SMALL_CONFIG, **COMMON),
+        Recipe(SMALL_CONFIG, steps=720, **COMMON),
         FRESH,
     ),
     "lab-draft": Student(
         _draft,
-        Recipe(SMALL_CONFIG, matrix_lr=0.01, other_lr=1.5e-3, **COMMON),
+        Recipe(SMALL_CONFIG, steps=800, matrix_lr=0.006, other_lr=9e-4, **COMMON),
         "lab-draft as it ships",
     ),
 }
 METHODS = {
     "labels": Method(soft_weight=0.0),
     "distilled": Method(soft_weight=0.7),
-    "on_policy": Method(soft_weight=0.7, on_policy=0.5, begin=0.6),
+    "on_policy": Method(soft_weight=0.7, on_policy=0.5, begin=0.6, n_prompt=32, n_new=96),
 }
 
 
