@@ -15,8 +15,10 @@ from llmopt_lab.quantization.records import ColumnQuantized, GroupScaled, TileFi
 from llmopt_lab.quantization.view import (
     budget_frames,
     frames,
+    loudness_frames,
     packing_frames,
     quality_frames,
+    recorded_variant,
     rounding_frames,
     scales_frame,
     search_frames,
@@ -309,6 +311,38 @@ def test_a_budget_takes_the_best_that_costs_no_more():
     ]
     with pytest.raises(BadInput, match="nothing was measured with at most 2 bits"):
         budget_frames(RECORD, (2,))
+
+
+def test_a_variant_is_found_by_all_that_names_it():
+    how, inputs = {"method": "nf4"}, {"bits": 8, "observer": None}
+    variants = [
+        {"how": how, "rotation": None, "inputs": None, "excess": 1},
+        {"how": how, "rotation": "offline", "inputs": None, "excess": 2},
+        {"how": None, "rotation": None, "inputs": inputs, "excess": 3},
+    ]
+    record = {"variants": variants}
+    assert recorded_variant(record, how=how)["excess"] == 1
+    assert recorded_variant(record, how=how, rotation="offline")["excess"] == 2
+    assert recorded_variant(record, how=None, inputs=inputs)["excess"] == 3
+    with pytest.raises(BadInput, match="not measured on this model"):
+        recorded_variant(record, how=None)
+
+
+def test_the_loudest_channel_stands_first_and_curves_join_one_by_one():
+    x = torch.tensor([[1.0, -8.0, 2.0], [0.0, 4.0, -2.0]])
+    flat = torch.full((2, 3), -3.0)
+    run = loudness_frames({"as it is": x, "turned": flat})
+    rms = x.square().mean().sqrt()
+    want = [(i, pytest.approx(float(y / rms), abs=1e-3)) for i, y in enumerate((8, 2, 1))]
+    assert list(lines_of(run[0])["as it is"]) == want and list(lines_of(run[0])) == ["as it is"]
+    assert lines_of(run[1])["turned"] == ((0, 1.0), (1, 1.0), (2, 1.0))
+    assert run[1].caption == (
+        "turned: the loudest of 3 channels reaches 1.0 times the root mean square of the input, "
+        "the median one 1.0 times."
+    )
+    draw_series(run)
+    with pytest.raises(BadInput, match="1 to 3 ways"):
+        loudness_frames({})
 
 
 def test_every_tone_has_a_name_and_every_word_says_what_it_is():

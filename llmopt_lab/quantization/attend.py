@@ -22,13 +22,16 @@ def use_kernels(model: nn.Module, *, keep_codes: bool = True) -> nn.Module:
             can multiply, and nothing else; it cannot be saved or dequantized any more.
 
     Raises:
-        BadInput: nothing is quantized; weight-only codes of more than 4 bits; groups that are no
-            multiple of 32 columns and not whole rows. No layer is changed then.
+        BadInput: no layer holds integer codes; weight-only codes of more than 4 bits; groups that
+            are no multiple of 32 columns and not whole rows. No layer is changed then.
 
     Cost: with `keep_codes`, 4-bit codes are held a second time, in the kernel's layout.
     """
     layers = [module for module in model.modules() if isinstance(module, CodedLinear)]
-    require(len(layers) > 0, "no layer is quantized: call quantize_model first")
+    require(
+        len(layers) > 0,
+        "no layer holds integer codes: quantize_model first, and not mxfp4, nvfp4 or nf4",
+    )
     products = [_kernel_of(layer) for layer in layers]
     for layer, product in zip(layers, products, strict=True):
         layer.multiply = product

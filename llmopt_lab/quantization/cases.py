@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from llmopt_lab.core.bench import Case
+from llmopt_lab.quantization.block_formats import dequantize_blocks, quantize_blocks
 from llmopt_lab.quantization.gptq import gptq, hessian_of
 from llmopt_lab.quantization.input_scales import awq_scales
 from llmopt_lab.quantization.peers import FP8, INT8_SUMS, W4A16, W8A8
@@ -31,7 +32,8 @@ def strip_example(reference) -> list[Tensor]:
     grouped = gptq(weight, hessian, bits=4, group_size=4)
     ordered = gptq(weight, hessian, bits=3, act_order=True, tile=4)
     scales = awq_scales(weight, x.abs().mean(0), hessian, bits=3, n_grid=4)
-    return [*(reference.dequantize(q) for q in (rounded, grouped, ordered)), scales]
+    blocks = dequantize_blocks(quantize_blocks(weight, "nvfp4"))
+    return [*(reference.dequantize(q) for q in (rounded, grouped, ordered)), scales, blocks]
 
 
 # The benchmark: bf16 activations on a GPU. All contenders of a table compute one function: the

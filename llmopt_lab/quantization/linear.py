@@ -7,7 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmopt_lab.core.errors import require
-from llmopt_lab.quantization.records import Quantized
+from llmopt_lab.quantization.block_formats import (
+    dequantize_blocks,
+    pack_blocks,
+    unpack_blocks,
+)
+from llmopt_lab.quantization.records import BlockCoded, Quantized
 from llmopt_lab.quantization.reference import dequantize, pack_int4, quantize_rows, unpack_int4
 
 
@@ -108,3 +113,44 @@ class W8A8Linear(CodedLinear):
         codes, scales = quantize_rows(x)
         total = torch._int_mm(codes.view(-1, self.in_features), self.packed.T)  # int32, exact
         return (total.view(*x.shape[:-1], -1) * scales * self.scales[:, 0]).to(x.dtype)
+
+
+class BlockLinear(nn.Module):
+    """Weight-only in MXFP4, NVFP4 or NF4: looked up at every call, and multiplied in x's dtype.
+
+    Codes are held two a byte, scales as the format has them. There is no kernel for it here: e2m1
+    is multiplied by the tensor cores of Blackwell GPUs, which an H100 does not have.
+    """
+
+    def __init__(self, q: BlockCoded, bias: Tensor | None = None):
+        super().__init__()
+        self.out_features, self.in_features = q.codes.shape
+        self.kind = q.kind
+        self.register_buffer("packed", pack_blocks(q.codes))
+        self.register_buffer("scales", q.scales)
+        self.register_buffer("second", q.second)
+        self.register_buffer("mean", q.mean)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    @property
+    def quantized(self) -> BlockCoded:
+        """Codes, one a byte, and scales."""
+        codes = unpack_blocks(self.packed, self.in_features)
+        return BlockCoded(codes, self.scales, self.second, self.mean, self.kind)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the codes stand for, (out_features, in_features)."""
+        return dequantize_blocks(self.quantized)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: of codes, all scales and bias."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.kind}"

@@ -1,4 +1,4 @@
-"""Held-out bits per byte of quantized models, and what decoding with them costs on this CPU.
+"""Held-out bits per byte of quantized models: ways, bits, groups, formats, rotations, activations.
 
     python -m llmopt_lab.quantization.measure                  # goes on where a run was cut off
     python -m llmopt_lab.quantization.measure --models lab-target
@@ -7,8 +7,6 @@ Writes results/perplexity.json after every configuration.
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import platform
 import time
@@ -16,13 +14,16 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from llmopt_lab.core.device import software_facts
 from llmopt_lab.core.errors import require
-from llmopt_lab.nn.model_card import cpu_name, decode_speed
+from llmopt_lab.nn.model_card import cpu_name
 from llmopt_lab.nn.transformer import Transformer
 from llmopt_lab.nn.weights import load
-from llmopt_lab.quantization.linear import CodedLinear
+from llmopt_lab.quantization.activations import OBSERVERS, round_inputs
+from llmopt_lab.quantization.block_formats import FORMATS, bits_per_weight_of_blocks
+from llmopt_lab.quantization.linear import BlockLinear, CodedLinear
 from llmopt_lab.quantization.model import linear_nbytes, quantize_model
 from llmopt_lab.quantization.perplexity import (
     bits_per_byte,
@@ -31,6 +32,7 @@ from llmopt_lab.quantization.perplexity import (
     perplexity,
 )
 from llmopt_lab.quantization.reference import bits_per_weight
+from llmopt_lab.quantization.rotation import rotated
 
 RESULTS = Path(__file__).parent / "results" / "perplexity.json"
 GROUP_SIZES = (128, 32, 64, None)  # None: one scale a row
@@ -48,7 +50,7 @@ SLICES = {
         "bits": (4, 3, 8, 2),
         "symmetric": (True, False),
         "methods": METHODS,
-        "n_new": 128,
+        "few_variants": False,
     },
     "smollm2-135m": {
         "calibration": (16, 256),
@@ -56,7 +58,7 @@ SLICES = {
         "bits": (4, 3, 8),
         "symmetric": (True,),
         "methods": METHODS[:3],
-        "n_new": 8,
+        "few_variants": True,
     },
 }
 
@@ -82,7 +84,7 @@ def measure(name: str, results: dict, save) -> None:
     calibration, sha256 = calibration_tokens(
         lm, *plan["calibration"], rng=torch.Generator().manual_seed(0)
     )
-    found = results["models"].setdefault(name, {"rows": [], "decoding": []})
+    found = results["models"].setdefault(name, {"rows": []})
     found |= {
         "calibration": {
             "tokens": calibration.numel(),
@@ -121,61 +123,97 @@ def measure(name: str, results: dict, save) -> None:
         )
         save()
         print(f"{name} {how}: {bits:.4f}, {bits - base:+.4f} bits per byte", flush=True)
-
-
-def mean_bits_per_weight(model: Transformer) -> float:
-    """Of the linear layers, scales counted with 16 bits."""
-    layers = [m for m in model.layers.modules() if isinstance(m, CodedLinear)]
-    weights = [m.in_features * m.out_features for m in layers]
-    bits = [bits_per_weight(m.quantized) * n for m, n in zip(layers, weights, strict=True)]
-    return sum(bits) / sum(weights)
-
-
-def measure_decoding(name: str, results: dict, save) -> None:
-    """Tokens a second and memory of greedy decoding, batch 1: float, 4-bit, int8 activations."""
-    found = results["models"][name]
-    for how in (
-        None,
-        {"method": "rtn", "bits": 4, "group_size": 128},
-        {"method": "w8a8", "bits": 8},
-    ):
-        if any(row["how"] == how for row in found["decoding"]):
+    done = found.setdefault("variants", [])
+    for variant in variants(few=plan["few_variants"]):
+        if any(variant.items() <= row.items() for row in done):
             continue
-        model = load(name, device="cpu").model
-        if how is not None:
-            model = quantize_model(model, progress=False, **how)
-        reset_peak_memory()
-        n_new = SLICES[name]["n_new"]
-        speed = decode_speed(model, threads=1, n_new=n_new)
-        found["decoding"].append(
-            {
-                "how": how,
-                "tokens_per_second": round(speed, 2),
-                "n_new": n_new,
-                "model_bytes": model_nbytes(model),
-                "peak_resident_bytes": peak_memory(),
+        model = build(lm.model, calibration, **variant)
+        bits = bits_per_byte(model, tokens, n_bytes)
+        done.append(
+            variant
+            | {
+                "bits_per_byte": bits,
+                "excess": bits - base,
+                "perplexity": perplexity(bits, n_tokens, n_bytes),
+                "bits_per_weight": None if variant["how"] is None else mean_bits_per_weight(model),
             }
         )
         save()
-        print(f"{name} {how}: {speed:.2f} tokens/s", flush=True)
+        print(f"{name} {variant}: {bits - base:+.4f} bits per byte", flush=True)
 
 
-def model_nbytes(model: Transformer) -> int:
-    """Bytes of all that the model holds, embedding included."""
-    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+def variants(*, few: bool) -> list[dict]:
+    """What to measure beside the grid: block formats, rotations, and rounded activations.
+
+    `how` are arguments of `quantize_model`, None for float weights; `rotation` is None, "offline"
+    or "online"; `inputs` are bits and observer of the activations, None for float ones.
+    """
+    rtn = {"method": "rtn", "bits": 4}
+    four = [
+        *({"method": kind} for kind in FORMATS),
+        {**rtn, "group_size": 128},
+        {**rtn, "group_size": 16},
+        {**rtn, "bits": 3, "group_size": 128},
+    ]
+    if not few:
+        four += [
+            {**rtn, "group_size": 32},
+            {**rtn, "group_size": None},
+            {"method": "gptq", "bits": 4, "group_size": 128, "act_order": True},
+        ]
+    made = [
+        {"how": how, "rotation": rotation, "inputs": None}
+        for rotation in (None, "offline")
+        for how in four
+    ]
+    made += [
+        {"how": how, "rotation": rotation, "inputs": {"bits": bits, "observer": None}}
+        for how, bits in ((None, 8), (None, 4), ({**rtn, "group_size": 128}, 4))
+        for rotation in (None, "offline", "online")
+    ]
+    made += [
+        {"how": None, "rotation": rotation, "inputs": {"bits": 8, "observer": observer}}
+        for rotation in (None, "online")
+        for observer in OBSERVERS
+        if not few or observer in ("min-max", "MSE")
+    ]
+    return made
 
 
-def reset_peak_memory() -> None:
-    """Let the kernel count this process's peak from here on (Linux)."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what the float model left behind is not this model's
-    Path("/proc/self/clear_refs").write_text("5")
+def build(
+    model: Transformer,
+    calibration: Tensor,
+    *,
+    how: dict | None,
+    rotation: str | None,
+    inputs: dict | None,
+) -> Transformer:
+    """One of `variants`: rotate, round the weights, round the inputs."""
+    if rotation is not None:
+        rng = torch.Generator().manual_seed(0)
+        model = rotated(model, rng=rng, online=rotation == "online")
+    if how is not None:
+        model = quantize_model(model, calibration=calibration, progress=False, **how)
+    if inputs is not None:
+        observer = inputs["observer"]
+        static = {} if observer is None else {"observer": OBSERVERS[observer]}
+        if static:
+            static |= {"calibration": calibration, "batch": 1}
+        model = round_inputs(model, bits=inputs["bits"], **static)
+    return model
 
 
-def peak_memory() -> int:
-    """Most bytes of memory that this process had since the reset (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("VmHWM"))
+def mean_bits_per_weight(model: Transformer) -> float:
+    """Of the linear layers, integer codes' scales counted with 16 bits."""
+    layers = [m for m in model.layers.modules() if isinstance(m, CodedLinear | BlockLinear)]
+    weights = [m.in_features * m.out_features for m in layers]
+    count = (
+        bits_per_weight_of_blocks(m.quantized)
+        if isinstance(m, BlockLinear)
+        else bits_per_weight(m.quantized)
+        for m in layers
+    )
+    return sum(bits * n for bits, n in zip(count, weights, strict=True)) / sum(weights)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -183,7 +221,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=list(SLICES), choices=list(SLICES))
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--decoding", action="store_true", help="measure speed, on a quiet machine")
     args = parser.parse_args(arguments)
     require(args.out.parent.is_dir(), f"the folder {args.out.parent} does not exist")
     torch.set_num_threads(1)
@@ -199,10 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
         args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
     for name in args.models:
-        if args.decoding:
-            measure_decoding(name, results, save)
-        else:
-            measure(name, results, save)
+        measure(name, results, save)
 
 
 if __name__ == "__main__":

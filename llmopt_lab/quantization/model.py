@@ -9,13 +9,15 @@ from tqdm import tqdm
 
 from llmopt_lab.core.errors import require
 from llmopt_lab.nn.transformer import Block, RMSNorm, Transformer, rope_tables
+from llmopt_lab.quantization.block_formats import FORMATS, quantize_blocks
 from llmopt_lab.quantization.gptq import gptq, hessian_of
 from llmopt_lab.quantization.input_scales import awq_clip, awq_scales, smooth_scales
-from llmopt_lab.quantization.linear import QuantizedLinear, W8A8Linear
+from llmopt_lab.quantization.linear import BlockLinear, QuantizedLinear, W8A8Linear
 from llmopt_lab.quantization.records import Quantized
 from llmopt_lab.quantization.reference import check_weight, quantize
+from llmopt_lab.quantization.rotation import RotatedInput
 
-METHODS = ("rtn", "awq", "gptq", "w8a8", "smoothquant")
+METHODS = ("rtn", "awq", "gptq", "w8a8", "smoothquant", *FORMATS)
 CALIBRATED = ("awq", "gptq", "smoothquant")
 
 # What makes an input, and the linear layers that share it. A scale of the input's channels folds
@@ -26,6 +28,18 @@ INPUTS = (
     ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
     ("mlp.up_proj", ("mlp.down_proj",)),
 )
+
+
+def inputs_of(block: Block) -> list[tuple[str | None, tuple[str, ...]]]:
+    """INPUTS of one block. What reads a RotatedInput has no maker that scales could fold into."""
+    found = []
+    for maker, consumers in INPUTS:
+        inside = tuple(
+            f"{name}.inner" if isinstance(block.get_submodule(name), RotatedInput) else name
+            for name in consumers
+        )
+        found.append((maker if inside == consumers else None, inside))
+    return found
 
 
 @dataclass(frozen=True)
@@ -50,6 +64,12 @@ class Settings:
             self.method not in ("w8a8", "smoothquant")
             or (self.bits == 8 and self.group_size is None and self.symmetric),
             f"{self.method} multiplies int8 by int8: bits=8, group_size=None, symmetric=True",
+        )
+        require(
+            self.method not in FORMATS
+            or (self.bits == 4 and self.group_size is None and self.symmetric),
+            f"{self.method} has a table of 16 values and blocks of its own: bits=4, "
+            "group_size=None, symmetric=True",
         )
         require(self.damping >= 0, f"damping must not be negative; got {self.damping}")
         require(0 <= self.alpha <= 1, f"alpha must lie in [0, 1]; got {self.alpha}")
@@ -103,14 +123,16 @@ def quantize_model(
     final norm and head are shared with it.
 
     Args:
-        model: with SwiGLU feed-forward layers.
+        model: with SwiGLU feed-forward layers; `rotated` or not.
         method:
             "rtn"          round to nearest; needs no calibration data and uses none
             "gptq"         `gptq`, on the Hessian of each layer's inputs
             "awq"          `awq_scales`, folded into the layer before; then `awq_clip`
             "w8a8"         int8 weights and activations, both rounded to nearest
             "smoothquant"  the same after `smooth_scales`, folded into the norms
-        bits, group_size, symmetric: as for `quantize`; w8a8 and smoothquant take 8, None, True.
+            "mxfp4", "nvfp4", "nf4"   `quantize_blocks`; no calibration data
+        bits, group_size, symmetric: as for `quantize`; w8a8 and smoothquant take 8, None, True, the
+            block formats 4, None, True.
         calibration: (n, length) int64 tokens. The layers of a block see what the quantized blocks
             before it make of them, so later blocks can make good earlier errors.
         damping, act_order: as for `gptq`.
@@ -143,7 +165,7 @@ def quantize_model(
     result.layers = nn.ModuleList()
     for source in tqdm(model.layers, desc=f"{method}, {bits} bits", disable=not progress):
         block = deepcopy(source)
-        statistics = {consumers: InputStatistics() for _, consumers in INPUTS}
+        statistics = {consumers: InputStatistics() for _, consumers in inputs_of(block)}
         if calibrated:
             hooks = [
                 block.get_submodule(consumers[0]).register_forward_pre_hook(
@@ -166,8 +188,11 @@ def _quantize_block(
     block: Block, statistics: dict[tuple[str, ...], InputStatistics], settings: Settings
 ) -> None:
     """Replace the block's linear layers: first all scales are folded, then all are quantized."""
-    for producer, consumers in INPUTS:
+    inputs = list(inputs_of(block))
+    for producer, consumers in inputs:
         layers = [block.get_submodule(name) for name in consumers]
+        if producer is None:
+            continue
         maker = block.get_submodule(producer)
         s = _input_scales(maker, layers, statistics[consumers], settings)
         if s is not None:
@@ -176,8 +201,13 @@ def _quantize_block(
             for layer in layers:
                 layer.weight.data = layer.weight * s.to(layer.weight)
             statistics[consumers].divide(s)
-    for _, consumers in INPUTS:
+    for _, consumers in inputs:
         layers = [block.get_submodule(name) for name in consumers]
+        if settings.method in FORMATS:
+            for name, layer in zip(consumers, layers, strict=True):
+                q = quantize_blocks(layer.weight, settings.method)
+                block.set_submodule(name, BlockLinear(q, layer.bias))
+            continue
         # rows do not touch one another: layers that share an input are one matrix
         together = torch.cat([layer.weight for layer in layers])
         q = _quantized(together, statistics[consumers], settings)
@@ -237,6 +267,8 @@ def _check_model(model: Transformer) -> None:
                 layer = block.get_submodule(name)
             except AttributeError:
                 layer = None
+            if isinstance(layer, RotatedInput):
+                layer = layer.inner
             require(
                 isinstance(layer, nn.Linear),
                 f"block {number} needs a float linear layer {name}; got {type(layer).__name__}. "

@@ -26,6 +26,21 @@ class Quantized(Record):
 
 
 @dataclass(frozen=True)
+class BlockCoded(Record):
+    """A matrix as codes of a table of 16 values: table[codes[r, c]] * the scale of c's block."""
+
+    codes: Tensor           # (rows, cols) uint8, 0 to 15
+    scales: Tensor          # (rows, n_blocks) float8 e8m0 (MXFP4), e4m3 (NVFP4, NF4), or float32
+    second: Tensor | None   # float32 scale of the scales: () for NVFP4, (n_scales / 256,) for NF4
+    mean: Tensor | None     # () float32, what NF4 took off its scales before they were rounded
+    kind: str               # "mxfp4", "nvfp4" or "nf4"
+
+    def __str__(self) -> str:
+        rows, cols = self.codes.shape
+        return f"{rows} x {cols} codes of {self.kind}, {self.scales.numel()} scales"
+
+
+@dataclass(frozen=True)
 class GroupScaled(Record):
     """The scales of one group of columns were chosen, one a row."""
 

@@ -402,6 +402,59 @@ def recorded_ways(record: dict, **how) -> dict[str, dict]:
     }
 
 
+def recorded_variant(
+    record: dict, *, how: dict | None, rotation: str | None = None, inputs: dict | None = None
+) -> dict:
+    """The measured row of one variant: of a block format, a rotation, or rounded activations.
+
+    Args:
+        record: of one model in results/perplexity.json.
+        how: arguments of `quantize_model`, or None for float weights.
+        rotation: None, "offline" or "online".
+        inputs: {"bits": .., "observer": ..} of the activations, or None for float ones.
+
+    Raises:
+        BadInput: it was not measured.
+    """
+    asked = {"how": how, "rotation": rotation, "inputs": inputs}
+    rows = [row for row in record["variants"] if asked.items() <= row.items()]
+    require(len(rows) == 1, f"not measured on this model: {asked}")
+    return rows[0]
+
+
+def loudness_frames(ways: Mapping[str, Tensor]) -> list[Frame]:
+    """One frame a way: how loud each channel of one layer's input is, the loudest first.
+
+    Args:
+        ways: name -> inputs (rows, channels) of the same layer, at most three.
+
+    Raises:
+        BadInput: more ways than there are tones.
+    """
+    tones = ("bad", "good", "active")
+    require(
+        0 < len(ways) <= len(tones), f"1 to {len(tones)} ways can be told apart; got {len(ways)}"
+    )
+    curves = {}
+    for name, x in ways.items():
+        loud = (x.abs().amax(0) / x.square().mean().sqrt()).sort(descending=True).values
+        curves[name] = [round(float(y), 3) for y in loud]
+    top = max(curve[0] for curve in curves.values())
+    lines, result = [], []
+    for (name, curve), tone in zip(curves.items(), tones, strict=False):
+        lines.append(Line(name, tuple(enumerate(curve)), tone))
+        caption = (
+            f"{name}: the loudest of {len(curve)} channels reaches {curve[0]:.1f} times the root "
+            f"mean square of the input, the median one {curve[len(curve) // 2]:.1f} times."
+        )
+        chart = Chart(
+            "largest |x| of each channel", tuple(lines), "channels, loudest first", "x rms", top
+        )
+        legend = tuple((tone, name) for name, tone in zip(curves, tones, strict=False))
+        result.append(Frame(caption, (chart,), legend=legend))
+    return result
+
+
 def quality_frames(record: dict, *, bits: int, symmetric: bool = True) -> list[Frame]:
     """One frame a group size: measured perplexity of every way of rounding, beside the float model.
 
