@@ -688,10 +688,13 @@ def _(rank_rules):
         ]:  # fmt: skip
             right = {row[0]: row[1 + column] for row in want}
             answer = {name: mine[name][column] for name in rules}
-            _expect_exact(f"{what}: {part}", answer, {name: right[name] for name in rules}, [
+            if all(abs(answer[name] - right[name]) < EXACT for name in rules):
+                continue
+            wrongs = [
                 (name, {row[0]: row[1 + column] for row in rank(**change)}, where)
                 for name, change, where in mistakes
-            ])  # fmt: skip
+            ]
+            _name_the_mistake(f"{what}: {part}", answer, right, wrongs)
         ranks = [row[0] for row in got]
         expect_or_name(
             f"{what}: the order", ranks, [row[0] for row in want],
@@ -712,10 +715,8 @@ def _(rank_rules):
         )  # fmt: skip
 
 
-def _expect_exact(what: str, got: dict, want: dict, mistakes: list[Mistake]) -> None:
-    """Probabilities that were listed, not sampled: equal to 12 digits, or it is said why not."""
-    if all(abs(got[key] - want[key]) < EXACT for key in want):
-        return
+def _name_the_mistake(what: str, got: dict, want: dict, mistakes: list[Mistake]) -> None:
+    """Raise for probabilities that are not those that were to be listed."""
     for name, wrong, where in mistakes:
         if all(abs(got[key] - wrong[key]) < 1e-9 for key in want):
             key = max(want, key=lambda key: abs(got[key] - want[key]))
