@@ -1,4 +1,4 @@
-"""Inputs shared by tests, benchmarks and the notebook."""
+"""Inputs shared by tests, benchmarks and the notebook, and the benchmark."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,11 +7,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from llmopt_lab.core.bench import Case
 from llmopt_lab.core.errors import require
+from llmopt_lab.core.memory import ceil_div
 from llmopt_lab.core.trace import record
 from llmopt_lab.nn.config import ModelConfig
 from llmopt_lab.nn.transformer import Transformer
-from llmopt_lab.speculative_decoding import reference
+from llmopt_lab.speculative_decoding import peers, reference
 from llmopt_lab.speculative_decoding.chance import Dice
 from llmopt_lab.speculative_decoding.drafts import skip_layers
 from llmopt_lab.speculative_decoding.records import ROOT, Read, Rewound
@@ -231,3 +233,145 @@ def random_model(n_layers: int = 2, *, seed: int = 0, dtype: torch.dtype = torch
             scale = 1.0 if "embed" in name else 2 * weight.shape[1] ** -0.5
             weight.data = scale * torch.randn(weight.shape, generator=rng)
     return model.to(dtype).requires_grad_(False)
+
+
+# What the kernels take
+
+
+def verify_inputs(
+    lengths: Sequence[int],
+    *,
+    n_new: int,
+    n_heads: int,
+    n_kv_heads: int,
+    d_head: int,
+    block_size: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    peak: float = 2.0,
+    poison: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k_cache, v_cache, block_tables, lengths of a verification, with scattered blocks.
+
+    With `poison`, all that a right kernel never reads is hostile: slots past a sequence's end and
+    blocks of nobody hold NaN, entries past the last block name a block outside the pool. `peak`
+    scales the queries: at 2 a few keys dominate, and a result of wrong keys is far off.
+    """
+    rng = torch.Generator(device).manual_seed(seed)
+    counts = [ceil_div(n, block_size) for n in lengths]
+    n_blocks = sum(counts) + 2
+    shape = (n_blocks, block_size, n_kv_heads, d_head)
+    k, v = (torch.randn(shape, generator=rng, device=device, dtype=dtype) for _ in range(2))
+    q = torch.randn(len(lengths), n_new, n_heads, d_head, generator=rng, device=device, dtype=dtype)
+    order = torch.randperm(n_blocks, generator=rng, device=device).int()
+    width = max(counts, default=0) + poison
+    nowhere = 1 << 30 if poison else 0
+    tables = torch.full((len(lengths), width), nowhere, dtype=torch.int32, device=device)
+    first = 0
+    for seq, count in enumerate(counts):
+        tables[seq, :count] = order[first : first + count]
+        first += count
+    if poison:
+        for cache in (k, v):
+            cache[order[first:].long()] = torch.nan
+            for seq, n in enumerate(lengths):
+                if n % block_size:
+                    cache[int(tables[seq, counts[seq] - 1]), n % block_size :] = torch.nan
+    return peak * q, k, v, tables, torch.tensor(lengths, dtype=torch.int32, device=device)
+
+
+def tree_masks(batch: int, n_new: int, *, seed: int = 0) -> Tensor:
+    """Masks of random trees, (batch, n_new, n_new) bool: the parent of each node is any before it.
+
+    The first new token is the text's last one, the root of all.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    masks = torch.eye(n_new, dtype=torch.bool).repeat(batch, 1, 1)
+    for mask in masks:
+        for node in range(1, n_new):
+            mask[node] |= mask[int(torch.randint(node, (1,), generator=rng))]
+    return masks
+
+
+def sampler_inputs(
+    device, *, batch: int, k: int, n_vocab: int, dtype: torch.dtype | None = None, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """p_logits, q_logits and guesses that are drawn from q, which resembles p.
+
+    bfloat16 on a GPU and float32 on a CPU if `dtype` is None.
+    """
+    if dtype is None:
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    rng = torch.Generator(device).manual_seed(seed)
+    p = torch.empty(batch, k + 1, n_vocab, dtype=dtype, device=device)
+    q = torch.empty(batch, k, n_vocab, dtype=dtype, device=device)
+    for p_seq, q_seq in zip(p, q, strict=True):  # a sequence at a time: float32 takes room
+        common = 2 * torch.randn(k + 1, n_vocab, generator=rng, device=device)
+        p_seq.copy_(common)
+        q_seq.copy_(common[:k] + 0.7 * torch.randn(k, n_vocab, generator=rng, device=device))
+    noise = torch.rand(batch, k, n_vocab, generator=rng, device=device)
+    guesses = (q.float() - noise.clamp_min(1e-30).log().neg().log()).argmax(-1)
+    return p, q, guesses
+
+
+def _layer_inputs(device, *, batch: int, n_new: int, n_tokens: int, tree: bool = False) -> tuple:
+    """One layer of a Llama-3-8B-like model: 32 query heads, 8 KV heads, d_head 128."""
+    on_gpu = torch.device(device).type == "cuda"
+    inputs = verify_inputs(
+        [n_tokens] * batch, n_new=n_new, n_heads=32, n_kv_heads=8, d_head=128, block_size=16,
+        dtype=torch.bfloat16 if on_gpu else torch.float32, device=device, poison=False,
+    )  # fmt: skip
+    return *inputs, tree_masks(batch, n_new).to(device) if tree else None
+
+
+def _layer_flops(*, batch: int, n_new: int, n_tokens: int, tree: bool = False) -> int:
+    return 4 * 32 * 128 * batch * n_new * n_tokens
+
+
+def _layer_bytes(*, batch: int, n_new: int, n_tokens: int, tree: bool = False) -> int:
+    """Keys and values once, queries and results, in bf16."""
+    return 2 * batch * (2 * 8 * 128 * n_tokens + 2 * 32 * 128 * n_new)
+
+
+CASES = (
+    Case(
+        title="verification attention, 32 query and 8 KV heads, d 128, blocks of 16",
+        sizes=tuple(
+            {"batch": batch, "n_new": n_new, "n_tokens": 4096}
+            for batch in (1, 4, 8, 16, 32)
+            for n_new in ((1, 2, 5, 8) if batch in (1, 32) else (1, 5))
+        ),
+        cpu_sizes=({"batch": 2, "n_new": 3, "n_tokens": 100},),
+        inputs=_layer_inputs,
+        oracle=peers.attention_oracle,
+        contenders=peers.CHAIN,
+        flops=_layer_flops,
+        min_bytes=_layer_bytes,
+    ),
+    Case(
+        title="verification attention of a tree of 64",
+        sizes=tuple(
+            {"batch": batch, "n_new": 64, "n_tokens": 4096, "tree": True} for batch in (1, 8, 32)
+        ),
+        cpu_sizes=({"batch": 2, "n_new": 9, "n_tokens": 100, "tree": True},),
+        inputs=_layer_inputs,
+        oracle=peers.attention_oracle,
+        contenders=peers.TREE,
+        flops=_layer_flops,
+        min_bytes=_layer_bytes,
+    ),
+    Case(
+        title="rejection sampler: softmaxes, verdicts and the token after (result: the chances)",
+        sizes=tuple(
+            {"batch": batch, "k": k, "n_vocab": 131_072}
+            for batch, k in ((1, 4), (8, 4), (64, 4), (64, 16))
+        ),
+        cpu_sizes=({"batch": 2, "k": 3, "n_vocab": 1000},),
+        inputs=sampler_inputs,
+        oracle=peers.chances_oracle,
+        contenders=peers.SAMPLER,
+        flops=lambda *, batch, k, n_vocab: 4 * batch * (2 * k + 1) * n_vocab,
+        min_bytes=lambda *, batch, k, n_vocab: 2 * batch * (2 * k + 1) * n_vocab,
+    ),
+)
