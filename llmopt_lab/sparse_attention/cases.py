@@ -1,6 +1,7 @@
 """Inputs shared by tests, benchmarks and the notebook, the oracle, and the guide's own versions."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -8,8 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from llmopt_lab.core.bench import Case
+from llmopt_lab.core.errors import BadInput
 from llmopt_lab.core.memory import ceil_div
-from llmopt_lab.sparse_attention.block_lists import cover
+from llmopt_lab.nn.config import ModelConfig
+from llmopt_lab.sparse_attention.block_lists import cover, lists_of
+from llmopt_lab.sparse_attention.io_model import flops as listed_flops
+from llmopt_lab.sparse_attention.io_model import pairs_formula, visible_pairs
+from llmopt_lab.sparse_attention.nsa import nsa_attention
 from llmopt_lab.sparse_attention.patterns import (
     Causal,
     DilatedWindow,
@@ -23,6 +30,17 @@ from llmopt_lab.sparse_attention.patterns import (
     sparse_transformer,
     streaming,
 )
+from llmopt_lab.sparse_attention.peers import (
+    BACKWARD,
+    BLOCKS,
+    LISTS,
+    WINDOW,
+    backward_oracle,
+    forward_oracle,
+    lists_oracle,
+)
+from llmopt_lab.sparse_attention.select import top_blocks
+from llmopt_lab.sparse_attention.streaming import RollingCache
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -221,4 +239,132 @@ def strip_example(reference) -> list[Tensor]:
     q, k, v = attention_inputs(Sizes(7, 9, 4, 3, n_heads=4, n_kv_heads=2))
     lists = cover(streaming(3, 1), 7, 9, tile_q=2, tile_k=3)
     out = reference.sparse_attention(q, k, v, streaming(3, 1), tile_q=2, tile_k=3)
-    return [lists.blocks, out]
+    chosen = top_blocks(q, k, Causal(), n_blocks=1, tile_q=2, tile_k=3)
+    k, v = k[..., :7, :], v[..., :7, :]
+    gates = torch.full((*q.shape[:-1], 3), 0.5, dtype=q.dtype)
+    sizes = {"block": 2, "stride": 1, "select_block": 2, "n_select": 3, "window": 3}
+    branches = nsa_attention(q, k, v, gates, **sizes)
+    cache = RollingCache(ModelConfig(9, 16, 1, 4, 2, 4, 8), window=3, n_sinks=1, dtype=q.dtype)
+    rolled = [
+        cache(q[..., i : i + 2, :], k[..., i : i + 2, :], k[..., i : i + 2, :], layer=0, scale=0.5)
+        for i in (0, 2, 4)
+    ]
+    return [lists.blocks, out, chosen.blocks, branches, *rolled]
+
+
+# The benchmark: 16k tokens, 16 heads of 128, bf16 on a GPU
+
+
+def _case(title, oracle, contenders, sizes, pattern, *, backward: bool = False) -> Case:
+    """`pattern(**size)` is the rule; a size with `percent` has so many random live blocks."""
+
+    def lists_for(device, *, n, percent=100, **size):
+        if percent == 100:
+            return None
+        rng = torch.Generator(device).manual_seed(0)
+        n_blocks = ceil_div(n, 128)
+        live = torch.rand(n_blocks, n_blocks, generator=rng, device=device) < percent / 100
+        return lists_of(live, live, n, n, 128, 128)
+
+    def inputs(device, **size):
+        on_gpu = torch.device(device).type == "cuda"
+        rng = torch.Generator(device).manual_seed(0)
+        n, d, n_heads = size["n"], size.get("d_head", 128), size.get("n_heads", 16)
+        x = torch.randn(4 if backward else 3, 1, n_heads, n, d, generator=rng, device=device)
+        lists = lists_for(device, **size)
+        found = (*(x.bfloat16() if on_gpu else x), pattern(**size))
+        return (*found, lists) if lists is not None else found
+
+    def flops(**size):
+        n, d, n_heads = size["n"], size.get("d_head", 128), size.get("n_heads", 16)
+        products = 5 if backward else 2
+        like = torch.empty(n_heads, n, d, device="meta")
+        lists = lists_for("cpu", **size)
+        if lists is not None:
+            return products * listed_flops(lists, like, like, like) // 2
+        return products * 2 * d * n_heads * _pairs(pattern(**size), n)
+
+    def min_bytes(**size):
+        tensor = 2 * size.get("n_heads", 16) * size["n"] * size.get("d_head", 128)
+        return (8 if backward else 4) * tensor
+
+    small = [{**size, "n": 96, "d_head": 16, "n_heads": 2} for size in sizes[:1]]
+    return Case(
+        title=title, sizes=sizes, inputs=inputs, oracle=oracle, contenders=contenders,
+        flops=flops, min_bytes=min_bytes, cpu_sizes=tuple(small),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=32)
+def _pairs(pattern: Pattern, n: int) -> int:
+    try:
+        return pairs_formula(pattern, n)
+    except BadInput:
+        return visible_pairs(pattern, n, n)
+
+
+def _lists_case(title, pattern) -> Case:
+    """Building the lists of a pattern from nothing."""
+
+    def inputs(device, *, n):
+        q, k = torch.empty(2, 1, 1, n, 8, device=device)
+        return q, k, pattern(n=n)
+
+    return Case(
+        title=title, sizes=({"n": 16384}, {"n": 65536}), inputs=inputs, oracle=lists_oracle,
+        contenders=LISTS, flops=lambda n: 0, min_bytes=lambda n: 4 * ceil_div(n, 128),
+        cpu_sizes=({"n": 256},),
+    )  # fmt: skip
+
+
+def _windowed(*, window: int, sinks: int = 0, **size) -> Pattern:
+    return streaming(window, sinks)
+
+
+def _bigbird(*, n: int, **size) -> Pattern:
+    rng = torch.Generator().manual_seed(0)
+    return bigbird(n, block=128, n_global=min(2, ceil_div(n, 128)), rng=rng)
+
+
+CASES = (
+    _case(
+        "window, forward", forward_oracle, WINDOW,
+        (
+            {"n": 16384, "window": 1024},
+            {"n": 16384, "window": 1024, "sinks": 4},
+            {"n": 16384, "window": 256},
+            {"n": 16384, "window": 4096},
+            {"n": 16384, "window": 1024, "d_head": 64},
+            {"n": 65536, "window": 1024},
+        ),
+        _windowed,
+    ),
+    _case(
+        "window, backward", backward_oracle, BACKWARD,
+        ({"n": 16384, "window": 1024}, {"n": 16384, "window": 1024, "sinks": 4}),
+        _windowed, backward=True,
+    ),
+    _case(
+        "random live blocks of 128, forward", forward_oracle, BLOCKS,
+        ({"n": 16384, "percent": 10},), lambda **size: Full(),
+    ),
+    _case(
+        "random live blocks of 128, backward", backward_oracle, BACKWARD[:2],
+        ({"n": 16384, "percent": 10},), lambda **size: Full(), backward=True,
+    ),
+    _case(
+        "dense, by the same kernel", forward_oracle, WINDOW[:5], ({"n": 16384},),
+        lambda **size: Causal(),
+    ),
+    _case(
+        "Sparse Transformer, stride 128", forward_oracle, BLOCKS, ({"n": 16384},),
+        lambda **size: sparse_transformer(128),
+    ),
+    _case(
+        "Longformer, window 1024, tokens 0 and -1 global", forward_oracle, BLOCKS,
+        ({"n": 16384},), lambda **size: longformer(1024, (0, -1)),
+    ),
+    _case("BigBird, blocks of 128", forward_oracle, BLOCKS, ({"n": 16384},), _bigbird),
+    _lists_case("lists of the Sparse Transformer", lambda n: sparse_transformer(128)),
+    _lists_case("lists of BigBird", lambda n: _bigbird(n=n)),
+)  # fmt: skip

@@ -9,6 +9,9 @@ queries and n_k keys query i is token i + n_k - n_q: the last query is the last 
 """
 
 from dataclasses import dataclass
+from itertools import groupby
+from math import lcm
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +19,41 @@ from torch import Tensor
 from llmopt_lab.core.errors import require
 from llmopt_lab.core.memory import ceil_div
 
+FAR = 1 << 30  # further than any token; sums of two such bounds fit in 32 bits
+
+
+class Band(NamedTuple):
+    """Pairs of blocks of `grain` tokens on some diagonals, inside a rectangle.
+
+    With r and c the blocks of a query and a key: low <= r - c <= high, r - c a multiple of `step`,
+    r in [row_begin, row_end), c in [col_begin, col_end).
+    """
+
+    grain: int = 1
+    low: int = -FAR
+    high: int = FAR
+    step: int = 1
+    row_begin: int = -FAR
+    row_end: int = FAR
+    col_begin: int = -FAR
+    col_end: int = FAR
+
+
+Term = tuple[Band, ...]  # what all of these bands hold
+
 
 class Pattern:
-    """A rule. Subclasses are frozen dataclasses that define `allowed`."""
+    """A rule. Subclasses are frozen dataclasses that define `allowed` and `terms`."""
 
     def allowed(self, rows: Tensor, cols: Tensor) -> Tensor:
         """Whether the tokens `rows` (r,) see the tokens `cols` (c,), both int64: (r, c) bool."""
+        raise NotImplementedError
+
+    def terms(self) -> tuple[Term, ...]:
+        """The same rule as numbers, for a kernel: a pair counts if all bands of some term hold it.
+
+        Indices from the end must be counted out before, by `at`.
+        """
         raise NotImplementedError
 
     def at(self, n_tokens: int) -> "Pattern":
@@ -57,6 +89,9 @@ class AnyOf(Pattern):
             seen = seen | part.allowed(rows, cols)
         return seen
 
+    def terms(self) -> tuple[Term, ...]:
+        return tuple(term for part in self.parts for term in part.terms())
+
     def at(self, n_tokens: int) -> Pattern:
         return AnyOf(tuple(part.at(n_tokens) for part in self.parts))
 
@@ -73,6 +108,12 @@ class AllOf(Pattern):
             seen = seen & part.allowed(rows, cols)
         return seen
 
+    def terms(self) -> tuple[Term, ...]:
+        whole: tuple[Term, ...] = ((Band(),),)
+        for part in self.parts:
+            whole = tuple(_both(a, b) for a in whole for b in part.terms())
+        return tuple(term for term in whole if all(_holds_some(band) for band in term))
+
     def at(self, n_tokens: int) -> Pattern:
         return AllOf(tuple(part.at(n_tokens) for part in self.parts))
 
@@ -84,6 +125,9 @@ class Full(Pattern):
     def allowed(self, rows: Tensor, cols: Tensor) -> Tensor:
         return torch.ones(len(rows), len(cols), dtype=torch.bool, device=rows.device)
 
+    def terms(self) -> tuple[Term, ...]:
+        return ((Band(),),)
+
 
 @dataclass(frozen=True)
 class Causal(Pattern):
@@ -91,6 +135,9 @@ class Causal(Pattern):
 
     def allowed(self, rows: Tensor, cols: Tensor) -> Tensor:
         return cols <= rows[:, None]
+
+    def terms(self) -> tuple[Term, ...]:
+        return ((Band(low=0),),)
 
 
 @dataclass(frozen=True)
@@ -112,6 +159,11 @@ class SlidingWindow(Pattern):
         if self.causal:
             return (back >= 0) & (back < self.width)
         return back.abs() <= self.width // 2
+
+    def terms(self) -> tuple[Term, ...]:
+        if self.causal:
+            return ((Band(low=0, high=self.width - 1),),)
+        return ((Band(low=-(self.width // 2), high=self.width // 2),),)
 
 
 @dataclass(frozen=True)
@@ -138,6 +190,12 @@ class DilatedWindow(Pattern):
             near = steps.abs() <= self.width // 2
         return near & (back % self.dilation == 0)
 
+    def terms(self) -> tuple[Term, ...]:
+        first = 0 if self.causal else -(self.width // 2)
+        last = self.width - 1 if self.causal else self.width // 2
+        low, high = first * self.dilation, last * self.dilation
+        return ((Band(low=low, high=high, step=self.dilation),),)
+
 
 @dataclass(frozen=True)
 class Strided(Pattern):
@@ -155,6 +213,9 @@ class Strided(Pattern):
         back = rows[:, None] - cols
         return (back >= 0) & (back % self.stride == 0)
 
+    def terms(self) -> tuple[Term, ...]:
+        return ((Band(low=0, step=self.stride),),)
+
 
 @dataclass(frozen=True)
 class Sinks(Pattern):
@@ -170,6 +231,9 @@ class Sinks(Pattern):
 
     def allowed(self, rows: Tensor, cols: Tensor) -> Tensor:
         return (cols < self.n) & (cols <= rows[:, None])
+
+    def terms(self) -> tuple[Term, ...]:
+        return ((Band(low=0, col_end=self.n),),)
 
 
 @dataclass(frozen=True)
@@ -195,6 +259,14 @@ class GlobalTokens(Pattern):
         tokens = torch.tensor(self.tokens, dtype=torch.int64, device=rows.device)
         return torch.isin(rows, tokens)[:, None] | torch.isin(cols, tokens)
 
+    def terms(self) -> tuple[Term, ...]:
+        runs = _runs(self.tokens)
+        return tuple(
+            (band,)
+            for first, end in runs
+            for band in (Band(row_begin=first, row_end=end), Band(col_begin=first, col_end=end))
+        )
+
 
 @dataclass(frozen=True)
 class Listed(Pattern):
@@ -209,6 +281,13 @@ class Listed(Pattern):
                 keys = torch.tensor(self.keys[row], dtype=torch.int64, device=rows.device)
                 seen[i] = torch.isin(cols, keys)
         return seen
+
+    def terms(self) -> tuple[Term, ...]:
+        return tuple(
+            (Band(row_begin=row, row_end=row + 1, col_begin=first, col_end=end),)
+            for row, keys in enumerate(self.keys)
+            for first, end in _runs(keys)
+        )
 
 
 @dataclass(frozen=True)
@@ -231,6 +310,12 @@ class InBlocks(Pattern):
         row_blocks, row = torch.unique(rows // self.size, return_inverse=True)
         col_blocks, col = torch.unique(cols // self.size, return_inverse=True)
         return self.of.allowed(row_blocks, col_blocks)[row[:, None], col]
+
+    def terms(self) -> tuple[Term, ...]:
+        return tuple(
+            tuple(band._replace(grain=band.grain * self.size) for band in term)
+            for term in self.of.terms()
+        )
 
 
 def sparse_transformer(stride: int) -> Pattern:
@@ -284,6 +369,34 @@ def bigbird(
         order = torch.randperm(len(others), generator=rng)
         drawn.append(tuple(sorted(others[order[:n_random]].tolist())))
     return InBlocks(block, known | Listed(tuple(drawn)))
+
+
+def _runs(tokens: tuple[int, ...]) -> list[tuple[int, int]]:
+    """The tokens as half-open ranges of consecutive ones."""
+    ordered = sorted(set(tokens))
+    groups = groupby(enumerate(ordered), key=lambda pair: pair[1] - pair[0])
+    runs = [[token for _, token in group] for _, group in groups]
+    return [(run[0], run[-1] + 1) for run in runs]
+
+
+def _both(a: Term, b: Term) -> Term:
+    """What both terms hold: bands of one grain become one band."""
+    joined = {band.grain: band for band in a}
+    for band in b:
+        other = joined.get(band.grain, Band(band.grain))
+        joined[band.grain] = Band(
+            band.grain,
+            max(band.low, other.low), min(band.high, other.high), lcm(band.step, other.step),
+            max(band.row_begin, other.row_begin), min(band.row_end, other.row_end),
+            max(band.col_begin, other.col_begin), min(band.col_end, other.col_end),
+        )  # fmt: skip
+    if len(joined) > 1 and joined.get(1) == Band():
+        del joined[1]
+    return tuple(joined.values())
+
+
+def _holds_some(band: Band) -> bool:
+    return band.low <= band.high and band.row_begin < band.row_end and band.col_begin < band.col_end
 
 
 def _positive(name: str, size: int) -> None:

@@ -1,0 +1,513 @@
+"""The Triton kernels of sparse attention: right when interpreted and on a GPU, fit to compile.
+
+The oracle is torch's attention in float64 under the pattern's mask, its gradients by autograd.
+Memory nobody wrote reads as NaN (conftest).
+"""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+import aot
+
+from llmopt_lab.core.close import assert_close
+from llmopt_lab.core.errors import BadInput
+from llmopt_lab.sparse_attention import kernels
+from llmopt_lab.sparse_attention.block_lists import cover, grids, lists_of
+from llmopt_lab.sparse_attention.cases import Sizes, attention_inputs, attention_oracle
+from llmopt_lab.sparse_attention.kernels import (
+    Tiles,
+    sparse_attention_triton,
+    tiles_for,
+    walk_of,
+)
+from llmopt_lab.sparse_attention.patterns import (
+    Causal,
+    DilatedWindow,
+    Full,
+    GlobalTokens,
+    InBlocks,
+    Listed,
+    SlidingWindow,
+    Strided,
+    bigbird,
+    longformer,
+    sparse_transformer,
+    streaming,
+)
+from llmopt_lab.sparse_attention.select import top_blocks
+
+ONE = Sizes(45, 100, 16, 16, n_heads=2, n_kv_heads=1)
+SHAPES = [
+    ONE,
+    Sizes(70, 70, 24, 24, batch=2, n_heads=2, n_kv_heads=2),
+    Sizes(90, 41, 16, 16),  # the first 49 tokens lie before the first key
+    Sizes(1, 75, 8, 8, n_heads=4, n_kv_heads=2),
+]
+
+
+def drawn(n: int, *, block: int = 16, causal: bool = False):
+    rng = torch.Generator().manual_seed(n)
+    pattern = bigbird(n, block=block, n_window=1, n_global=1, n_random=1, rng=rng)
+    return pattern & Causal() if causal else pattern
+
+
+# with a name: what needs no list, and what the table of terms says
+WINDOWS = {
+    "causal": lambda n: Causal(),
+    "full": lambda n: Full(),
+    "window 1": lambda n: SlidingWindow(1),
+    "window 17": lambda n: SlidingWindow(17),
+    "window 33, one more than a tile": lambda n: SlidingWindow(33),
+    "symmetric window": lambda n: SlidingWindow(40, causal=False),
+    "sinks": lambda n: streaming(20, 3),
+    "more sinks than a tile": lambda n: streaming(9, 38),
+}
+LISTED = {
+    "dilated": lambda n: DilatedWindow(5, 7),
+    "symmetric dilated": lambda n: DilatedWindow(6, 3, causal=False),
+    "strided": lambda n: Strided(9),
+    "sparse transformer": lambda n: sparse_transformer(6),
+    "longformer": lambda n: longformer(9, (0, -1)),
+    "causal longformer": lambda n: longformer(9, (1, 20, 21)) & Causal(),
+    "bigbird": drawn,
+    "causal bigbird": lambda n: drawn(n, causal=True),
+    "blocks smaller than a tile": lambda n: drawn(n, block=24, causal=True),
+    "some see nothing": lambda n: Strided(3) & GlobalTokens((0,)) & Causal(),
+    "nobody sees anything": lambda n: Listed(()),
+}
+PATTERNS = WINDOWS | LISTED
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_the_hopper_kernel():
+    """Which has tests of its own and would else take the forward pass on an H100."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels.hopper, "supports", lambda *_: False)
+        yield
+
+
+def lse_oracle(q, k, mask):
+    keys = k.double().repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = q.double() @ keys.mT * q.shape[3] ** -0.5
+    return scores.masked_fill(~mask, -torch.inf).logsumexp(-1)
+
+
+def check_forward_and_backward(q, k, v, pattern, *, mask=None, lists=None, what=""):
+    """Results and the gradients of a random function of both, against the oracle."""
+    if mask is None:
+        mask = pattern.mask(q.shape[2], k.shape[2], device=q.device)
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out, lse = sparse_attention_triton(q, k, v, pattern, lists=lists, return_lse=True)
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want = attention_oracle(*wide, mask)
+    assert_close(out, want, f"out {what}")
+    assert_close(lse, lse_oracle(q.detach(), k.detach(), mask), f"lse {what}")
+    rng = torch.Generator(q.device).manual_seed(1)
+    d_out = torch.randn(out.shape, generator=rng, device=q.device, dtype=out.dtype) / 4
+    got = torch.autograd.grad(out, (q, k, v), d_out)
+    grads = torch.autograd.grad(want, wide, d_out.double())
+    for name, g, w in zip(("d_q", "d_k", "d_v"), got, grads, strict=True):
+        if w.norm() > 1e-9 * d_out.double().norm():
+            assert_close(g, w, f"{name} {what}")
+        else:  # one key a query: the softmax does not move, and only rounding is left
+            assert g.norm() < 1e-2 * d_out.float().norm(), f"{name} {what}"
+
+
+def inputs(sizes, *, dtype=torch.float32, device="cpu", seed=0):
+    return attention_inputs(sizes, dtype=dtype, device=device, seed=seed, peak=2.0)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_results_and_gradients_equal_dense_attention_under_the_mask(name):
+    check_forward_and_backward(*inputs(ONE), PATTERNS[name](ONE.n_k))
+
+
+@pytest.mark.parametrize("name", ["window 17", "sinks", "symmetric window", "longformer"])
+@pytest.mark.parametrize("sizes", SHAPES[1:], ids=str)
+def test_other_shapes_are_right_too(sizes, name):
+    check_forward_and_backward(*inputs(sizes), PATTERNS[name](sizes.n_k))
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 60), st.integers(1, 60), st.integers(-3, 45), st.integers(0, 50),
+    st.booleans(), st.integers(0, 9),
+)  # fmt: skip
+def test_any_window_and_sinks_need_no_list(n_q, n_k, width, n_sinks, causal, seed):
+    pattern = SlidingWindow(max(1, width), causal=causal)
+    if n_sinks and causal:
+        pattern = streaming(max(1, width), n_sinks)
+    sizes = Sizes(n_q, n_k, 8, 8)
+    check_forward_and_backward(*inputs(sizes, seed=seed), pattern)
+    q, k, _ = inputs(sizes)
+    assert not walk_of(q, k, pattern).listed
+
+
+def check_lists(pattern, q, k):
+    """The kernel's lists lose no block of the tight cover and call no partial block full."""
+    walk = walk_of(q, k, pattern)
+    n_q, n_k = q.shape[2], k.shape[2]
+    some, every = grids(pattern, n_q, n_k, walk.block_q, walk.block_k, q.device)
+    n_loose = 0
+    for of_keys in (False, True):
+        blocks, n_full, n_live, list_head = walk.lists(of_keys=of_keys)
+        assert list_head == 0 and blocks.shape[0] == 1
+        live, full = (some.mT, every.mT) if of_keys else (some, every)
+        for i in range(len(live)):
+            listed = blocks[0, i, : int(n_live[0, i])].tolist()
+            whole, partial = listed[: int(n_full[0, i])], listed[int(n_full[0, i]) :]
+            assert whole == sorted(whole) and partial == sorted(partial)
+            assert set(live[i].nonzero()[:, 0].tolist()) <= set(listed)
+            assert all(full[i, j] for j in whole)
+            n_loose += len(listed) - int(live[i].sum())
+    return n_loose
+
+
+@pytest.mark.parametrize("sizes", [ONE, SHAPES[2]], ids=str)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_the_lists_cover_the_pattern_and_are_tight_for_most(name, sizes):
+    q, k, _ = inputs(sizes)
+    n_loose = check_lists(PATTERNS[name](sizes.n_k), q, k)
+    # only rules that two bands must hold together may name a block too many
+    assert n_loose == 0 or name in ("blocks smaller than a tile", "causal bigbird")
+
+
+def test_more_blocks_than_one_load_holds_are_listed_too():
+    n = 16 * 1100
+    q, k = (torch.empty(1, 1, n, 8) for _ in range(2))
+    walk = walk_of(q, k, InBlocks(16, Strided(550)))
+    assert walk.block_q == 16
+    blocks, n_full, n_live, _ = walk.lists(of_keys=False)
+    assert blocks[0, -1, :2].tolist() == [549, 1099]
+    assert n_full[0].tolist() == n_live[0].tolist() == [1] * 550 + [2] * 550
+
+
+@pytest.mark.parametrize("block", [16, 32])
+def test_lists_of_chosen_blocks_restrict_the_pattern(block):
+    sizes = Sizes(50, 70, 16, 16, batch=2, n_heads=4, n_kv_heads=2)
+    q, k, v = inputs(sizes)
+    pattern = streaming(40, 5)
+    lists = top_blocks(q, k, pattern, n_blocks=1, tile_q=block, tile_k=block)
+    token = lists.live().repeat_interleave(block, -2)[..., :50, :]
+    token = token.repeat_interleave(block, -1)[..., :70]
+    mask = (token & pattern.mask(50, 70)).repeat_interleave(2, 1)
+    check_forward_and_backward(q, k, v, pattern, mask=mask, lists=lists)
+
+
+def test_shared_lists_and_lists_without_a_block_work():
+    q, k, v = inputs(Sizes(50, 70, 16, 16, n_heads=2))
+    live = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)) < 0.4
+    live[1] = False
+    lists = lists_of(live, live, 50, 70, 16, 16)
+    mask = live.repeat_interleave(16, 0)[:50].repeat_interleave(16, 1)[:, :70]
+    check_forward_and_backward(q, k, v, Full(), mask=mask, lists=lists)
+    out = sparse_attention_triton(q, k, v, Full(), lists=lists)
+    assert not out[:, :, 16:32].any()
+
+
+def test_a_cover_as_lists_gives_what_the_pattern_gives():
+    q, k, v = inputs(ONE)
+    for name in ("sinks", "longformer"):
+        pattern = PATTERNS[name](ONE.n_k)
+        lists = cover(pattern, ONE.n_q, ONE.n_k, tile_q=16, tile_k=32)
+        check_forward_and_backward(q, k, v, pattern, lists=lists)
+
+
+def test_only_live_blocks_are_read():
+    q, k, v = inputs(Sizes(96, 96, 16, 16))
+    k[..., :32, :] = torch.nan
+    out = sparse_attention_triton(q, k, v, SlidingWindow(20))
+    assert out[..., 64:, :].isfinite().all() and out[..., 10, :].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "tiles", [Tiles(16, 64, 4, 1), Tiles(64, 16, 4, 1), Tiles(16, 32, 4, 2, tma=True)], ids=str
+)
+def test_any_tiles_give_the_same_result(tiles, monkeypatch):
+    monkeypatch.setattr(kernels, "choose_tiles", lambda *_: tiles)
+    for name in ("sinks", "symmetric window"):
+        check_forward_and_backward(*inputs(Sizes(70, 101, 24, 24)), PATTERNS[name](101))
+
+
+def test_inputs_in_any_layout_give_the_same_result_in_the_layout_of_q():
+    q, k, v = inputs(Sizes(40, 52, 16, 16, batch=2, n_heads=4, n_kv_heads=2))
+    want = attention_oracle(q, k, v, streaming(9, 2).mask(40, 52))
+    rows_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    out = sparse_attention_triton(*rows_first, streaming(9, 2))
+    assert_close(out, want)
+    assert out.stride() == rows_first[0].stride()
+
+
+def test_the_scale_is_taken_as_given():
+    q, k, v = inputs(ONE)
+    want = attention_oracle(q, k, v, streaming(9, 2).mask(45, 100), scale=0.4)
+    assert_close(sparse_attention_triton(q, k, v, streaming(9, 2), scale=0.4), want)
+
+
+def test_two_runs_give_the_same_bits():
+    def run():
+        q, k, v = (x.requires_grad_() for x in inputs(ONE))
+        out, lse = sparse_attention_triton(q, k, v, longformer(9, (0,)), return_lse=True)
+        return out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), (q, k, v))
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Input #")  # gradcheck would rather have float64
+def test_gradients_of_the_result_and_of_the_lse_equal_finite_differences():
+    args = [x.requires_grad_() for x in attention_inputs(Sizes(5, 7, 8, 8), dtype=torch.float32)]
+    assert torch.autograd.gradcheck(
+        lambda *qkv: sparse_attention_triton(*qkv, streaming(3, 1), return_lse=True),
+        args, eps=1e-2, atol=1e-3, rtol=1e-3, nondet_tol=0.0, fast_mode=True,
+    )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Input #")
+def test_torchs_own_checks_of_the_operator_pass():
+    q, k, v = (x.requires_grad_() for x in inputs(Sizes(20, 24, 16, 16, n_heads=2)))
+    walk = walk_of(q, k, longformer(5, (0,)))
+    numbers = walk.terms.flatten().tolist()
+    args = (q, k, v, walk.grid, numbers, walk.block_q, walk.block_k, None)
+    torch.library.opcheck(torch.ops.llmopt_lab.sparse_attention, args)
+
+
+def check_compiled(device, **options):
+    q, k, v = inputs(Sizes(40, 40, 16, 16, n_heads=2), device=device)
+    compiled = torch.compile(
+        lambda q, k, v: sparse_attention_triton(q, k, v, streaming(9, 2)).tanh(),
+        fullgraph=True, **options,
+    )  # fmt: skip
+    want = attention_oracle(q, k, v, streaming(9, 2).mask(40, 40, device=device)).tanh()
+    assert_close(compiled(q, k, v), want)
+
+
+def test_a_compiled_function_has_no_graph_break():
+    check_compiled("cpu", backend="aot_eager")
+
+
+BAD = [
+    ("q", lambda x: x[0], r"q must be \(batch, n_heads, n_q, d_head\)"),
+    ("k", lambda x: x[:, :, :9], r"k and v must both be \(batch, n_kv_heads, n_k, d_head\)"),
+    ("q", lambda x: x[:, :, :0], "must not be empty"),
+    ("q", lambda x: x[..., :8], "same batch and d_head"),
+    ("q", lambda x: x[:, :3], "n_heads must be a multiple of n_kv_heads; got 3 and 2"),
+    ("q", lambda x: x.double(), "must be float32, float16 or bfloat16; got torch.float64"),
+    ("q", lambda x: x.half(), "k must be torch.float16 on cpu like q; got torch.float32"),
+    ("q", lambda x: x.mT.contiguous().mT, "last dimension of q must be contiguous"),
+    ("scale", lambda x: math.nan, "scale must be a positive finite number; got nan"),
+    ("pattern", lambda x: GlobalTokens((99,)), "there are 60 tokens"),
+    ("pattern", lambda x: Causal() & InBlocks(4, x) & InBlocks(8, x), "blocks of two sizes"),
+    ("lists", lambda x: cover(Causal(), 50, 61), "50 queries and 61 keys"),
+    ("lists", lambda x: cover(Causal(), 50, 60, tile_q=24), "blocks of 16, 32, 64 or 128"),
+    ("lists", lambda x: many_lists(), "shared or one a KV head"),
+]
+
+
+def many_lists():
+    live = torch.ones(1, 4, 4, 4, dtype=torch.bool)
+    return lists_of(live, live, 50, 60, 16, 16)
+
+
+@pytest.mark.parametrize(("name", "change", "message"), BAD)
+def test_bad_input_is_refused(name, change, message):
+    sizes = Sizes(50, 60, 16, 16, n_heads=4, n_kv_heads=2)
+    arguments = dict(zip("qkv", inputs(sizes), strict=True))
+    arguments |= {"pattern": SlidingWindow(5), "scale": None, "lists": None}
+    arguments[name] = change(arguments[name])
+    with pytest.raises(BadInput, match=message):
+        sparse_attention_triton(**arguments)
+
+
+@pytest.mark.parametrize("d_head", [12, 264])
+def test_a_width_that_the_kernels_cannot_load_is_refused(d_head):
+    with pytest.raises(BadInput, match=f"d_head must be a multiple of 8 up to 256; got {d_head}"):
+        sparse_attention_triton(*inputs(Sizes(4, 4, d_head, d_head)), Causal())
+
+
+def test_bfloat16_is_refused_by_the_interpreter():
+    with pytest.raises(BadInput, match="bfloat16 needs a GPU"):
+        sparse_attention_triton(*inputs(ONE, dtype=torch.bfloat16), Causal())
+
+
+# --- compiled for GPUs that are not here
+
+MODULE = "llmopt_lab.sparse_attention.kernels"
+CAPABILITIES = {
+    "sm_75": (7, 5), "sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0), "sm_100": (10, 0),
+    "gfx942": None,
+}  # fmt: skip
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+TENSORS = {
+    "forward": ("q", "k", "v", "out"),
+    "backward_keys": ("q", "k", "v", "d_out", "d_k", "d_v"),
+    "backward_queries": ("q", "k", "v", "d_out", "d_q"),
+}
+RULES = {
+    "window and sinks": {"LISTED": False, "SINKS": True, "TERMS": 0},
+    "listed window": {"LISTED": True, "SINKS": False, "TERMS": 0},
+    "two terms with steps": {"LISTED": True, "SINKS": False, "TERMS": 2, "STEPS": True},
+    "many terms of blocks": {"LISTED": True, "SINKS": False, "TERMS": -1, "GRAINS": True},
+}
+
+
+def kernel_spec(target: str, kernel: str, dtype: str, d_head: int, rule: str) -> dict:
+    constants = {"STEPS": False, "GRAINS": False} | RULES[rule]
+    tiles = tiles_for(
+        kernel, d_head, DTYPES[dtype], CAPABILITIES[target],
+        rule_is_short=constants["TERMS"] == 0,
+    )  # fmt: skip
+    strides = [f"{x}_{n}" for x in TENSORS[kernel] for n in ("batch", "head")]
+    rows = [f"{x}_row" for x in TENSORS[kernel]]
+    counts = ["n_heads", "n_kv_heads", "group", "n_q", "n_k", "list_head", "n_terms", "low", "high"]
+    has_tf32 = CAPABILITIES[target] is not None and CAPABILITIES[target] >= (8, 0)
+    return {
+        "kernel": f"{MODULE}:_{kernel}_kernel",
+        "target": target,
+        "signature": {f"{x}_ptr": f"*{dtype}" for x in TENSORS[kernel]}
+        | {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32"}
+        | dict.fromkeys(["blocks_ptr", "n_full_ptr", "n_live_ptr", "terms_ptr"], "*i32")
+        | dict.fromkeys(strides, "i64")
+        | dict.fromkeys([*rows, *counts, "n_sinks"], "i32"),
+        "constexprs": constants
+        | {
+            "D_HEAD": d_head, "D": max(16, 1 << (d_head - 1).bit_length()),
+            "PRECISION": "tf32x3" if dtype == "fp32" and has_tf32 else "ieee",
+            "BLOCK_Q": 128, "BLOCK_K": 128, "TILE_Q": tiles.tile_q, "TILE_K": tiles.tile_k,
+            "STAGES": tiles.n_stages, "TMA": tiles.tma,
+        },
+        "aligned": strides + rows,
+        "options": {"num_warps": tiles.n_warps},
+    }  # fmt: skip
+
+
+def list_spec(target: str, from_terms: bool) -> dict:
+    sizes = ("n_terms", "n_q", "n_k", "n_owners", "n_walked")
+    return {
+        "kernel": f"{MODULE}:_list_kernel",
+        "target": target,
+        "signature": {f"{x}_ptr": "*i32" for x in ("terms", "blocks", "n_full", "n_live")}
+        | {"grid_ptr": "*i8"}
+        | dict.fromkeys(sizes, "i32"),
+        "constexprs": {
+            "BLOCK_Q": 128, "BLOCK_K": 128, "FROM_TERMS": from_terms, "OF_KEYS": not from_terms,
+            "WIDTH": 128, "ONCE": from_terms,
+        },
+        "options": {"num_warps": 1},
+    }  # fmt: skip
+
+
+def specs_of(target: str) -> list[dict]:
+    half = "fp16" if target == "sm_75" else "bf16"
+    specs = [kernel_spec(target, kernel, half, 128, "window and sinks") for kernel in TENSORS]
+    specs += [kernel_spec(target, "forward", half, 128, "many terms of blocks")]
+    specs += [list_spec(target, True), list_spec(target, False)]
+    if target == "sm_90":
+        specs += [
+            kernel_spec(target, kernel, half, 128, rule)
+            for kernel in TENSORS
+            for rule in ("listed window", "two terms with steps", "many terms of blocks")
+        ]
+        specs += [kernel_spec(target, kernel, half, 64, "window and sinks") for kernel in TENSORS]
+        specs += [kernel_spec(target, "forward", "fp32", 64, "window and sinks")]
+    return specs
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_kernels_compile_and_fit_the_chip(target):
+    specs = specs_of(target)
+    for spec, facts in zip(specs, aot.compile_ahead(specs), strict=True):
+        what = f"{spec['kernel']} {spec['constexprs']}"
+        assert facts["shared"] <= aot.TARGETS[target][3], f"{what}: shared memory {facts['shared']}"
+        if target == "sm_90":
+            assert facts["spills"] == 0, f"{what} spills {facts['spills']} bytes"
+
+
+# --- on a GPU
+
+GPU_SHAPES = [
+    Sizes(513, 700, 128, 128, batch=2, n_heads=8, n_kv_heads=2),
+    Sizes(700, 513, 64, 64, n_heads=2, n_kv_heads=2),  # the first 187 tokens precede every key
+    Sizes(1, 1033, 64, 64, n_heads=4),
+    Sizes(300, 300, 80, 80, n_heads=2),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["causal", "window 17", "sinks", "longformer", "bigbird"])
+@pytest.mark.parametrize("sizes", GPU_SHAPES, ids=str)
+def test_results_and_gradients_are_right_on_a_gpu(sizes, name, dtype):
+    q, k, v = inputs(sizes, dtype=dtype, device="cuda")
+    check_forward_and_backward(q, k, v, PATTERNS[name](sizes.n_k))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", PATTERNS)
+def test_every_pattern_is_right_on_a_gpu(name):
+    q, k, v = inputs(GPU_SHAPES[0], dtype=torch.bfloat16, device="cuda")
+    check_lists(PATTERNS[name](700), q, k)
+    check_forward_and_backward(q, k, v, PATTERNS[name](700))
+
+
+@pytest.mark.gpu
+def test_float32_is_nearly_exact_on_a_gpu():
+    q, k, v = inputs(Sizes(200, 233, 64, 64, n_heads=2), device="cuda")
+    check_forward_and_backward(q, k, v, streaming(50, 4))
+
+
+@pytest.mark.gpu
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 700), st.integers(1, 700), st.integers(1, 600), st.integers(0, 300),
+    st.sampled_from([64, 128]), st.integers(1, 3), st.integers(0, 99),
+)  # fmt: skip
+def test_windows_and_sinks_are_right_on_a_gpu_on_random_shapes(
+    n_q, n_k, width, n_sinks, d_head, group, seed
+):
+    sizes = Sizes(n_q, n_k, d_head, d_head, n_heads=2 * group, n_kv_heads=2)
+    q, k, v = inputs(sizes, dtype=torch.bfloat16, device="cuda", seed=seed)
+    check_forward_and_backward(q, k, v, streaming(width, n_sinks), what=f"{sizes}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block", [16, 64, 128])
+def test_chosen_blocks_are_right_on_a_gpu(block):
+    sizes = GPU_SHAPES[0]
+    q, k, v = inputs(sizes, dtype=torch.bfloat16, device="cuda")
+    lists = top_blocks(q, k, Causal(), n_blocks=3, tile_q=block, tile_k=block)
+    token = lists.live().repeat_interleave(block, -2)[..., : sizes.n_q, :]
+    token = token.repeat_interleave(block, -1)[..., : sizes.n_k]
+    mask = token & Causal().mask(sizes.n_q, sizes.n_k, device="cuda")
+    check_forward_and_backward(q, k, v, Causal(), mask=mask.repeat_interleave(4, 1), lists=lists)
+
+
+@pytest.mark.gpu
+def test_inputs_that_tma_cannot_address_are_right_too():
+    q, k, v = inputs(Sizes(150, 170, 64, 64, n_heads=2), dtype=torch.bfloat16, device="cuda")
+    odd = [torch.cat([x, x[..., :3]], dim=-1)[..., :64] for x in (q, k, v)]  # rows 67 apart
+    check_forward_and_backward(*odd, streaming(50, 4))
+
+
+@pytest.mark.gpu
+def test_a_long_text_takes_no_memory_for_a_mask():
+    n = 128 * 1024
+    q, k, v = inputs(Sizes(n, n, 64, 64, n_heads=2, n_kv_heads=1), dtype=torch.bfloat16,
+                     device="cuda")  # fmt: skip
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out = sparse_attention_triton(q, k, v, streaming(512, 4))
+    assert torch.cuda.max_memory_allocated() - before < 2 * q.nbytes
+    rows = slice(n - 64, n)
+    mask = streaming(512, 4).mask(64, n, device="cuda")
+    assert_close(out[:, :, rows], attention_oracle(q[:, :, rows], k, v, mask))
+
+
+@pytest.mark.gpu
+def test_a_compiled_function_has_no_graph_break_on_a_gpu():
+    check_compiled("cuda")
