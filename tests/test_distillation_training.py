@@ -19,7 +19,13 @@ from llmopt_lab.distillation import (
     reverse_kl,
     train,
 )
-from llmopt_lab.distillation.cases import random_batches, random_model
+from llmopt_lab.distillation.cases import (
+    LIVE,
+    live_student,
+    live_text,
+    random_batches,
+    random_model,
+)
 from llmopt_lab.distillation.evaluate import own_text, prompts_of, retained
 from llmopt_lab.distillation.initialise import (
     fresh,
@@ -34,6 +40,7 @@ from llmopt_lab.distillation.records import Stepped, Written
 from llmopt_lab.distillation.sequence_level import teacher_texts, text_loss, texts_for
 from llmopt_lab.distillation.training import loss_of
 from llmopt_lab.nn import generate, load
+from llmopt_lab.nn.held_out import held_out_documents
 from llmopt_lab.nn.train import HeldOut, Recipe, bits_per_byte
 from llmopt_lab.nn.transformer import rope_tables
 
@@ -402,6 +409,19 @@ def test_training_refuses_what_cannot_be_trained():
         train(student, teacher, batches, RECIPE, Method(on_policy=0.1))
     with pytest.raises(BadInput, match="must divide the context, 16"):
         train(student, teacher, batches, RECIPE, Method(on_policy=0.5, n_prompt=4, n_new=3))
+
+
+def test_a_lessons_student_trains_on_text_that_it_is_not_measured_on():
+    lm = load("lab-draft", device="cpu")
+    tokens, unseen = live_text(lm)
+    assert len(tokens) > 50_000 and 2_000 < len(unseen.tokens) < 20_000
+    documents = held_out_documents().values()
+    texts = [t for i, t in enumerate(documents) if i % 4 == 2 and len(t) < 20_000]
+    assert sum(unseen.n_bytes) == sum(len(text.encode()) for text in texts)
+    recipe = replace(LIVE, steps=6, batch=4, context=32, reports=2)
+    student, curve = live_student(lm, Method(), recipe, progress=False)
+    assert curve[-1]["heldout_bits_per_byte"] < curve[0]["heldout_bits_per_byte"]
+    assert student.config.n_parameters < 500_000
 
 
 # --- what is kept of the teacher

@@ -148,10 +148,11 @@ overlap is the mean of sum min(p, q), the chance that sampled speculation keeps 
 {rows}
 ## Training
 
-{training["tokens"] / 1e6:,.1f} M tokens, {training["epochs"]:.2f} passes over a part of the teacher's
-training text, in {training["seconds"]:.0f} s on {environment["name"]} (beside other runs) with torch
-{environment["torch"]}: {recipe["steps"]:,} steps of {recipe["batch"] * recipe["context"]:,} tokens,
-seed {recipe["seed"]}. The last column is measured on a part of the held-out text.
+{training["tokens"] / 1e6:,.1f} M tokens, {training["epochs"]:.2f} passes over a part of what the
+teacher was trained on, in {training["seconds"]:.0f} s on {environment["name"]} (beside other runs)
+with torch {environment["torch"]}: {recipe["steps"]:,} steps of
+{recipe["batch"] * recipe["context"]:,} tokens, seed {recipe["seed"]}. The last column is measured
+on a part of the held-out text.
 
 | step | M tokens | loss, nats | held out, bits per byte |
 |---|---|---|---|
