@@ -19,6 +19,7 @@ import aot
 from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.errors import BadInput
 from llmopt_lab.distillation import kernels
+from llmopt_lab.distillation.cases import CASES
 from llmopt_lab.distillation.kernels import Tiles, choose_chunk, kl_rows, linear_kl_triton
 
 # rows past the end of the vocabulary are -inf - -inf on lanes that are then left out
@@ -225,6 +226,23 @@ def test_bfloat16_is_refused_by_the_interpreter():
     given = inputs(SHAPES[0])
     with pytest.raises(BadInput, match="bfloat16 needs a GPU"):
         linear_kl_triton(**(given | {"teacher": given["teacher"].bfloat16()}))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.title)
+def test_the_benchmarks_contenders_agree_with_its_oracle(case):
+    given = case.inputs("cpu", **case.cpu_sizes[0])
+    want = case.oracle(*given)
+    agreed = 0
+    for contender in case.contenders:
+        try:
+            call = contender.prepare(*given)
+        except ImportError:  # Liger, and what is compiled, need a GPU
+            continue
+        got = torch.cat([x.flatten() for x in call()])
+        assert_close(got, want, contender.name)
+        assert torch.equal(torch.cat([x.flatten() for x in call()]), got)
+        agreed += 1
+    assert agreed == 2
 
 
 # --- compiled for GPUs that are not here

@@ -76,7 +76,7 @@ def random_batches(recipe: Recipe, n_tokens: int = 3000) -> Batches:
 
 LIVE = Recipe(
     ModelConfig(**FAMILY, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, d_head=16, d_ff=128),
-    steps=100, batch=8, context=64, reports=10,
+    steps=100, batch=8, context=64, reports=5,
 )  # fmt: skip
 
 
