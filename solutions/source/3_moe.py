@@ -15,8 +15,8 @@
 #
 # You build a mixture of experts that reads only what it needs: who goes where, the sorting, the layer,
 # the capacity, the network, and at the end the kernel that runs all experts at once. In between you
-# find out why the guide's balancing loss does nothing, why its layer never runs, and when 8 experts
-# stop being cheaper than one.
+# find out why the guide's balancing loss does nothing, why its layer never runs, and with how many
+# tokens a sparse model reads all it has.
 #
 # | exercise | points | minutes |
 # |---|---|---|
@@ -169,17 +169,19 @@ print(f"the guide's    {text_of(train(guides_load_balancing_loss))}")
 print(f"Switch's       {text_of(train(balance.balance_loss))}")
 
 # %% [markdown]
-# The first two rows are the same to the last bit. The third is the loss of the Switch Transformer:
+# The first two rows are the same: nothing was added to any gradient. The third is the loss of the Switch
+# Transformer:
 #
 # ```text
-# f_i    expert i's share of all visits, counted               sums to 1, no gradient
-# P_i    mean over the tokens of expert i's probability        sums to 1, has the gradient
+# f_i    expert i's share of all visits, counted; no gradient
+# P_i    expert i's probability, mean over the tokens; has the gradient
 # loss   n_experts * sum over i of f_i * P_i
 # ```
 #
-# One factor looks at what happened, the other can be moved. An expert with a large share has a steep
-# slope, so its probability goes down most. With an even load the loss is 1. Write it, with no loop over
-# the tokens. `experts` need not be the largest probabilities: something else may have chosen.
+# Both sum to 1. One factor looks at what happened, the other can be moved. An expert with a large share
+# has a steep slope, so its probability goes down most. With an even load the loss is 1. Write it, with
+# no loop over the tokens. `experts` need not be the largest probabilities: something else may have
+# chosen.
 
 # %% nbgrader={"grade_id": "moe.balance_loss", "solution": true}
 def balance_loss(probabilities: Tensor, experts: Tensor) -> Tensor:
@@ -223,7 +225,7 @@ check("moe.balance_loss", balance_loss)
 #    Token 0 does not even visit it.
 # 3. `collapsed`: the loss if all tokens visit experts 0 and 1, each with probability 0.5.
 #
-# Before you compute: which expert's probability will training push down most?
+# Before you compute, a question:
 
 # %%
 Predict(
@@ -282,8 +284,8 @@ for k in (1, 2):
         routing = reference.route(x @ leaf, k, renormalise=renormalise)
         loss = reference.visit_experts(x, routing, *given).square().mean()
         (gradient,) = torch.autograd.grad(loss, leaf)
-        print(f"top-{k}, {'re' if renormalise else 'not re'}normalised: "
-              f"gradient of the router {'0' if gradient.norm() < 1e-6 else f'{gradient.norm():.3f}'}")
+        size = f"{gradient.norm():.3f}" if gradient.norm() > 1e-6 else "under 0.000001"
+        print(f"top-{k}, {'' if renormalise else 'not '}renormalised: gradient of the router {size}")
 
 # %% [markdown]
 # Write the router, with the right rule for each `k`: softmax over all experts, the `k` best, best first,
@@ -362,7 +364,7 @@ except IndexError as error:
 runs.reveal("stops with an error")
 
 # %% [markdown]
-# It never ran, in any shape. One line more and two words changed are enough to mend it. Copy it, find
+# It has never run. One line more and two words changed are enough to mend it. Copy it, find
 # them, and keep the idea: an expert computes its visitors and nobody else.
 #
 # You are graded on the output and on the *rows that pass through the experts*: one for each visit.
@@ -410,13 +412,14 @@ check("moe.mixture", mixture)
 # experts    2  0  0  1  2  1
 # visit      0  1  2  3  4  5
 #
-# order      1  2  3  5  0  4     the visit at each sorted place: first those of expert 0, ...
-# place      4  0  1  2  5  3     where each visit went: visit 0 is at place 4
-# starts     0  2  4  6           expert e has the places starts[e] up to, without, starts[e + 1]
+# order      1  2  3  5  0  4     the visit at each sorted place
+# place      4  0  1  2  5  3     where each visit went
+# starts     0  2  4  6           where each expert's places begin, and the end
 # ```
 #
-# `order` leads there, `place` leads back: it is the inverse permutation. An expert's visits keep their
-# order, and an expert without visits has an empty range.
+# Expert 0 has the places 0 and 1, where visits 1 and 2 lie: `starts[e]` up to, and without,
+# `starts[e + 1]`. `order` leads there, `place` leads back: it is the inverse permutation. An expert's
+# visits keep their order, and an expert without visits has an empty range.
 
 # %% nbgrader={"grade_id": "moe.group", "solution": true}
 def group(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -449,9 +452,9 @@ check("moe.group", group)
 # ```text
 # for each expert that has visits:
 #     read its two matrices, and the tokens that visit it
-#     write what it makes of them to its rows of y          rows in sorted order
+#     write what it makes of them to its rows of y     in sorted order
 # for each choice:
-#     read every token's row of y, weigh it, add it up      by the inverse permutation
+#     read every token's row of y, weigh it, add it    by the inverse
 # write out
 # ```
 #
@@ -465,7 +468,7 @@ check("moe.group", group)
 # You are graded on the result and on the bytes. By hand, in float64 (8 bytes): 3 tokens, top-2, `d` 4,
 # `d_ff` 2. An expert is 4 * 4 + 2 * 4 = 24 numbers, 192 bytes; a row of x, y or out is 32. The 6 visits
 # go to 2 of the 8 experts: 2 * 192 + 6 * 32 + 6 * 32 = 768 bytes are read, and 6 * 32 + 3 * 32 = 288
-# written. All 8 experts would have been 1,536.
+# written. The weights of all 8 experts would have been 1,536.
 
 # %% nbgrader={"grade_id": "moe.moe_layer", "solution": true}
 def moe_layer(
@@ -512,11 +515,11 @@ check("moe.moe_layer", moe_layer)
 # each expert room for a fixed number of visits, its *capacity*, and drop what does not fit:
 #
 # ```text
-# capacity = ceil(factor * n_tokens * k / n_experts)      factor 1: just enough for an even load
+# capacity = ceil(factor * n_tokens * k / n_experts)
 # ```
 #
-# A dropped visit adds nothing; the token lives on in the residual stream. What does that cost with a
-# model that was trained for balance?
+# Factor 1 is just enough for an even load. A dropped visit adds nothing; the token lives on in the
+# residual stream. What does that cost with a model that was trained with a balancing loss?
 
 # %%
 dropped = Predict(
@@ -543,14 +546,17 @@ for factor in (1.0, 1.25, 1.5, 2.0):
 dropped.reveal(100 * sum(dropped_share(e, 1.25) for e in real) / 4)
 
 # %% [markdown]
+# By chance alone a factor of 1.25 loses nobody. But training balances the mean over many texts, and the
+# tokens of one text are alike.
+#
 # Who goes first? The *first choices of all tokens*, in the order of the tokens, then all second choices
 # in the same order, and so on. By hand: 4 tokens, 2 experts, top-2, factor 0.75: the capacity is
 # 0.75 * 4 * 2 / 2 = 3.
 #
 # ```text
-# token            0  1  2  3
-# first choice     0  0  0  1      expert 0 is full, expert 1 has one
-# second choice    1  1  1  0      tokens 0 and 1 fit into expert 1; tokens 2 and 3 do not
+# token           0  1  2  3
+# first choice    0  0  0  1    expert 0 is full, expert 1 has one
+# second choice   1  1  1  0    tokens 0 and 1 fit, 2 and 3 do not
 # ```
 
 # %% nbgrader={"grade_id": "moe.kept_visits", "solution": true}
@@ -757,10 +763,10 @@ check("moe.exchange", exchange)
 # ```text
 # program (tile, column tile, expert):
 #     place = starts[expert] + tile * ROWS + 0 .. ROWS - 1
-#     token of each place = visits[place] // K                gathers: x is not sorted
+#     token of each place = visits[place] // K       x is not sorted
 #     for each STEP of the width D:
 #         acc += x[token, step] @ w[expert, step, columns]
-#     y[place, columns] = acc                                 y is sorted
+#     y[place, columns] = acc                        y is sorted
 # ```
 #
 # How many visits an expert has is known to the GPU alone, so the grid is made for the worst case: one
@@ -774,7 +780,7 @@ check("moe.exchange", exchange)
 # token's last number in x? What does a program of an expert without visits do? What follows the last
 # column of a row of y?
 #
-# You are graded in float32, on small and uneven shapes: experts with 0, 3 or 40 visits, a width of 20 in
+# You are graded in float32, on small and uneven shapes: experts with 0, 1 or 40 visits, a width of 20 in
 # steps of 16, 24 columns in tiles of 16. You need no GPU: without one Triton interprets your kernel on
 # the CPU.
 
