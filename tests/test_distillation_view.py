@@ -9,9 +9,10 @@ from llmopt_lab.core.errors import BadInput
 from llmopt_lab.core.trace import Trace, record, recording
 from llmopt_lab.distillation import forward_kl, reverse_kl, soft_targets
 from llmopt_lab.distillation.cases import ragged, toy
+from llmopt_lab.distillation.linear_kl import linear_kl, linear_kl_traffic
 from llmopt_lab.distillation.records import Fitted, Softened, Stepped
 from llmopt_lab.distillation.two_humps import fit_one_hump, two_humps
-from llmopt_lab.distillation.view import frames, hump_frames, training_frames
+from llmopt_lab.distillation.view import chunk_frames, frames, hump_frames, training_frames
 from llmopt_lab.widgets.draw import draw_series
 from llmopt_lab.widgets.panels import Bars, Chart, Frame, Grid, Meter
 from llmopt_lab.widgets.player import MAX_STATE, Player
@@ -146,12 +147,39 @@ def test_beside_each_other_one_covers_the_valley_and_one_does_not():
     assert float(ends[0]) > 0.02 and float(ends[1]) < 0.001
 
 
+def fused(n_tokens=7, d=3, n_vocab=9, chunk=3) -> Trace:
+    rng = torch.Generator().manual_seed(0)
+    hidden, weight, teacher = (
+        torch.randn(shape, generator=rng, dtype=torch.float64)
+        for shape in ((n_tokens, d), (n_vocab, d), (n_tokens, n_vocab))
+    )
+    with recording() as trace, torch.no_grad():
+        linear_kl(hidden, weight, teacher, chunk=chunk, tile=4)
+    return trace
+
+
+def test_the_fused_loss_shows_one_chunk_in_memory_at_a_time():
+    run = chunk_frames(fused())
+    assert len(run) == 3
+    for i, frame in enumerate(run):
+        (grid,) = panels(frame, Grid).values()
+        assert grid.column_labels == ("0–2", "3–5", "6–6")
+        tones = [cell.tone for cell in grid.rows[0]]
+        assert tones == ["good"] * i + ["new"] + ["idle"] * (2 - i)
+        meter = panels(frame, Meter)["logits in memory"]
+        assert (meter.value, meter.versus) == (3 * 9 * 8, 7 * 9 * 8)
+    moved = [panels(frame, Meter)["moved so far"].value for frame in run]
+    read, written = linear_kl_traffic(7, 3, 9, 3)
+    assert moved == sorted(moved) and moved[-1] < 8 * (read + written)
+
+
 def test_all_can_be_drawn_and_fit_a_player():
     student, teacher, _ = toy()
     runs = [
         frames(softened(student, teacher), words=WORDS),
         training_frames(trained(), words=[f"w{i}" for i in range(20)]),
         hump_frames(fitted(forward_kl), name="forward KL"),
+        chunk_frames(fused()),
     ]
     for run in runs:
         assert len(draw_series(run)) == len(run)
@@ -178,6 +206,7 @@ def test_a_saved_trace_gives_the_same_frames(tmp_path):
         (lambda: training_frames(trained(), words=WORDS), "a word for each of the 20 tokens"),
         (lambda: hump_frames(Trace(), name="x"), "shows one run of fit_one_hump"),
         (lambda: hump_frames(fitted(forward_kl, steps=3), name="x", every=0), "every must be"),
+        (lambda: chunk_frames(Trace()), "chunk_frames shows one run of linear_kl"),
     ],
 )
 def test_what_cannot_be_shown_is_refused(make, message):

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from llmopt_lab.core.errors import require
+from llmopt_lab.core.memory import Load, Store
 from llmopt_lab.core.trace import Step, Trace
-from llmopt_lab.distillation.records import Fitted, Softened, Stepped
+from llmopt_lab.distillation.records import Fitted, RowsDone, Softened, Stepped
 from llmopt_lab.widgets.panels import Bar, Bars, Cell, Chart, Frame, Grid, Line, Meter
 
 MAX_TOKENS = 8  # shown alone; the others are one column
@@ -25,6 +26,7 @@ LEGEND = (
     ("bad", "pushed down"),
 )
 TWO = LEGEND[:2]
+CHUNKS = (("new", "in memory"), ("good", "done"), ("idle", "not made yet"))
 
 
 def frames(trace: Trace, *, words: Sequence[str], place: int = 0) -> list[Frame]:
@@ -189,6 +191,61 @@ def hump_frames(trace: Trace, *, name: str, every: int = 10) -> list[Frame]:
             ),
         )
         result.append(Frame(caption, panels, step.file, step.line, step.index, TWO))
+    return result
+
+
+def chunk_frames(trace: Trace) -> list[Frame]:
+    """One frame a chunk of `linear_kl`: whose logits are in memory, and what has moved so far.
+
+    Raises:
+        BadInput: no run in the trace, several, or one recorded without its loads and stores.
+    """
+    done = [s for s in trace.steps if isinstance(s.what, RowsDone)]
+    starts = [s.what.rows.start for s in done]
+    logits = [s.what for s in trace.steps if isinstance(s.what, Store) and s.what.name == "logits"]
+    require(
+        len(done) > 0 and starts == sorted(set(starts)) and starts[0] == 0 and len(logits) > 0,
+        "chunk_frames shows one run of linear_kl with its loads and stores; call it once inside "
+        f"`with recording() as trace:`. This trace has chunks that start at {starts[:6]}",
+    )
+    n_tokens = done[-1].what.rows.stop
+    buffer = max(what.nbytes for what in logits)
+    whole = buffer // max(s.what.rows.stop - s.what.rows.start for s in done) * n_tokens
+    result, moved, passed = [], 0, iter(trace.steps)
+    for number, step in enumerate(done):
+        for earlier in passed:
+            if isinstance(earlier.what, Load | Store):
+                moved += earlier.what.nbytes
+            if earlier is step:
+                break
+        rows, loss = step.what.rows, step.what.loss
+        cells = []
+        for other in done:
+            at = other.what.rows
+            name = f"tokens {at.start} to {at.stop - 1}"
+            if other is step:
+                cells.append(Cell("in the buffer", "new", f"{name}: logits, now their gradient"))
+            elif at.start < rows.start:
+                mean = float(other.what.loss.mean())
+                cells.append(Cell(f"{mean:.2f} nats", "good", f"{name}: done, {mean:.3f} nats"))
+            else:
+                cells.append(Cell("not made", "idle", f"{name}: no logits yet"))
+        caption = (
+            f"Chunk {number + 1} of {len(done)}, tokens {rows.start} to {rows.stop - 1}: mean "
+            f"{float(loss.mean()):.3f} nats. Its logits became their gradient where they lie; "
+            f"{buffer:,} bytes hold a chunk, all the logits would take {whole:,}."
+        )
+        panels = (
+            Grid(
+                "logits of the tokens",
+                ("chunk",),
+                (tuple(cells),),
+                tuple(f"{s.what.rows.start}–{s.what.rows.stop - 1}" for s in done),
+            ),
+            Meter("logits in memory", buffer, "bytes", whole),
+            Meter("moved so far", moved, "bytes"),
+        )
+        result.append(Frame(caption, panels, step.file, step.line, step.index, CHUNKS))
     return result
 
 
