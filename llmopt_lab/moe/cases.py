@@ -1,10 +1,13 @@
-"""Inputs shared by tests, benchmarks and the notebook."""
+"""Inputs shared by tests, benchmarks and the notebook, and the benchmark with its peers."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from llmopt_lab.core.bench import Case
+from llmopt_lab.moe import peers
 from llmopt_lab.moe.expert_choice import expert_choice_layer
 
 
@@ -99,3 +102,69 @@ def strip_example(reference) -> list[Tensor]:
     ]
     grads = torch.autograd.grad(sum(out.square().sum() for out in outs), case)
     return [out.detach() for out in outs] + list(grads)
+
+
+# The benchmark: bf16 on a GPU. The routing is made on the CPU, so that every machine sees the same
+# experts touched.
+
+
+@lru_cache(maxsize=4)
+def _tokens(n_tokens: int, d: int, n_experts: int, k: int) -> tuple[Tensor, Tensor, int]:
+    """x and router, bfloat16, and how many experts are touched.
+
+    A token whose k-th and next logits nearly tie is drawn again: contenders that add in another
+    order could send it to different experts.
+    """
+    rng = torch.Generator().manual_seed(0)
+    router = (torch.randn(d, n_experts, generator=rng) * 2 * d**-0.5).bfloat16()
+    x = torch.randn(n_tokens, d, generator=rng).bfloat16()
+    while True:
+        best = (x.float() @ router.float()).topk(min(k + 1, n_experts))
+        near = best.values[:, k - 1 : k].sub(best.values[:, k:]).lt(1e-4).any(1)
+        if not near.any():
+            return x, router, len(best.indices[:, :k].unique())
+        x[near] = torch.randn(int(near.sum()), d, generator=rng).bfloat16()
+
+
+def _bench_inputs(device, *, n_tokens: int, n_experts: int, d: int, d_ff: int, k: int) -> tuple:
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    x, router, _ = _tokens(n_tokens, d, n_experts, k)
+    rng = torch.Generator(device).manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        w = torch.empty(shape, device=device, dtype=dtype)
+        return w.normal_(std=shape[1] ** -0.5, generator=rng)
+
+    weights = draw(n_experts, d, 2 * d_ff), draw(n_experts, d_ff, d)
+    return x.to(device, dtype), router.to(device, dtype), *weights, k
+
+
+def _flops(*, n_tokens: int, n_experts: int, d: int, d_ff: int, k: int) -> int:
+    return 6 * n_tokens * k * d * d_ff + 2 * n_tokens * d * n_experts
+
+
+def _min_bytes(*, n_tokens: int, n_experts: int, d: int, d_ff: int, k: int) -> int:
+    """The weights of the experts touched, the router, x and the result, in bfloat16."""
+    touched = _tokens(n_tokens, d, n_experts, k)[2]
+    return 2 * (touched * 3 * d * d_ff + d * n_experts + 2 * n_tokens * d)
+
+
+MIXTRAL = {"n_experts": 8, "d": 4096, "d_ff": 14336, "k": 2}  # 8x7B
+QWEN = {"n_experts": 128, "d": 2048, "d_ff": 768, "k": 8}  # Qwen3-30B-A3B
+CPU_SIZES = ({"n_tokens": 9, "n_experts": 4, "d": 24, "d_ff": 20, "k": 2},)
+CASES = tuple(
+    Case(
+        title=title, sizes=sizes, inputs=_bench_inputs, oracle=peers.oracle,
+        contenders=contenders, flops=_flops, min_bytes=_min_bytes, cpu_sizes=CPU_SIZES,
+    )
+    for title, contenders, sizes in (
+        (
+            "prefill", peers.PREFILL,
+            ({"n_tokens": 4096} | MIXTRAL, {"n_tokens": 32768} | QWEN),
+        ),
+        (
+            "decode (floor: the weights of the experts touched)", peers.DECODE,
+            tuple({"n_tokens": n} | model for model in (MIXTRAL, QWEN) for n in (1, 4, 16, 64)),
+        ),
+    )
+)  # fmt: skip

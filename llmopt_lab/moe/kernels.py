@@ -20,22 +20,32 @@ from torch.autograd.function import once_differentiable
 from llmopt_lab.core.device import gpu_facts, interpreting, prepare_triton
 from llmopt_lab.core.errors import require
 from llmopt_lab.core.memory import ceil_div
+from llmopt_lab.moe import hopper
 
 prepare_triton()
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 MAX_EXPERTS = 256
 MAX_K = 16
-DECODE_TOKENS = 64      # up to here all visits of an expert fit in one tile: it is read once
+DECODE_TOKENS = 64      # up to here no tile is worth 128 rows
 GROUP = tl.constexpr(8)     # row tiles that share the weights of a column tile while in L2
 
 
 def jit(fn):
     """triton.jit of the function itself, which a test's type checker may have wrapped."""
     return triton.jit(inspect.unwrap(fn))
+
+
+@jit
+def _begin(PDL: tl.constexpr):
+    """Let the next kernel start beside this one; wait until the one before is done."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @jit
@@ -61,8 +71,55 @@ def _schedule(
 
 
 @jit
+def _logits(
+    x_ptr, router_ptr, token, token_ok, begin, end,
+    D: tl.constexpr, N_EXPERTS: tl.constexpr, E: tl.constexpr, TILE_TOKENS: tl.constexpr,
+    TILE_D: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):
+    """x router over the dimensions [begin, end), (TILE_TOKENS, E) float32."""
+    expert = tl.arange(0, E)                                            # (E,)
+    d = tl.arange(0, TILE_D)                                            # (TILE_D,)
+    x_at = x_ptr + token.to(tl.int64)[:, None] * D + d[None, :]
+    router_at = router_ptr + d[:, None] * N_EXPERTS + expert[None, :]
+    logits = tl.zeros((TILE_TOKENS, E), tl.float32)
+    for first in tl.range(begin, end, TILE_D, num_stages=STAGES):
+        ok = first + d < end
+        x = tl.load(x_at + first, token_ok[:, None] & ok[None, :], other=0.0)
+        router = tl.load(
+            router_at + first * N_EXPERTS, ok[:, None] & (expert < N_EXPERTS)[None, :], other=0.0
+        )
+        logits = tl.dot(x, router, logits, input_precision=PRECISION)
+    return logits
+
+
+@jit
+def _logits_kernel(
+    x_ptr, router_ptr,                          # (n_tokens, D), (D, N_EXPERTS)
+    parts_ptr,                                  # (n_parts, TILE_TOKENS, E) float32
+    n_tokens,
+    D: tl.constexpr, N_EXPERTS: tl.constexpr, E: tl.constexpr, LENGTH: tl.constexpr,
+    TILE_TOKENS: tl.constexpr, TILE_D: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):
+    """One program: LENGTH dimensions' part of the logits of a few tokens.
+
+    One multiprocessor alone would take long to read the router.
+    """
+    _begin(PDL)
+    token = tl.arange(0, TILE_TOKENS)                                   # (TILE_TOKENS,)
+    begin = tl.program_id(0) * LENGTH
+    logits = _logits(
+        x_ptr, router_ptr, token, token < n_tokens, begin, tl.minimum(begin + LENGTH, D),
+        D, N_EXPERTS, E, TILE_TOKENS, TILE_D, PRECISION, STAGES,
+    )
+    at = (tl.program_id(0) * TILE_TOKENS + token)[:, None] * E + tl.arange(0, E)[None, :]
+    tl.store(parts_ptr + at, logits)
+
+
+@jit
 def _route_kernel(
     x_ptr, router_ptr,                          # (n_tokens, D), (D, N_EXPERTS)
+    parts_ptr,                                  # from _logits_kernel, if N_PARTS
     experts_ptr, weights_ptr,                   # (n_tokens, K) int32 and float32
     probabilities_ptr,                          # (n_tokens, N_EXPERTS) float32, if SAVE
     rank_ptr, tile_counts_ptr,                  # (n_tokens, K), (token tiles, N_EXPERTS) int32
@@ -70,28 +127,29 @@ def _route_kernel(
     n_tokens,
     D: tl.constexpr, N_EXPERTS: tl.constexpr, E: tl.constexpr,
     K: tl.constexpr, K_PADDED: tl.constexpr, SAVE: tl.constexpr, SOLO: tl.constexpr,
-    TILE_TOKENS: tl.constexpr, TILE_D: tl.constexpr, TILE_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    N_PARTS: tl.constexpr, TILE_TOKENS: tl.constexpr, TILE_D: tl.constexpr,
+    TILE_ROWS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):
     """One program: the k best experts of TILE_TOKENS tokens, and how many tokens chose each.
 
     If it is SOLO it knows all counts, so it groups the visits as well.
     """
+    _begin(PDL)
     tile = tl.program_id(0)
     token = tile * TILE_TOKENS + tl.arange(0, TILE_TOKENS)              # (TILE_TOKENS,)
     token_ok = token < n_tokens
     expert = tl.arange(0, E)                                            # (E,)
     expert_ok = expert < N_EXPERTS
-    d = tl.arange(0, TILE_D)                                            # (TILE_D,)
-    x_at = x_ptr + token.to(tl.int64)[:, None] * D + d[None, :]
-    router_at = router_ptr + d[:, None] * N_EXPERTS + expert[None, :]
-    logits = tl.zeros((TILE_TOKENS, E), tl.float32)
-    for first in tl.range(0, D, TILE_D, num_stages=STAGES):
-        x = tl.load(x_at + first, token_ok[:, None] & (first + d < D)[None, :], other=0.0)
-        router = tl.load(
-            router_at + first * N_EXPERTS, (first + d < D)[:, None] & expert_ok[None, :], other=0.0
+    if N_PARTS:
+        logits = tl.zeros((TILE_TOKENS, E), tl.float32)
+        for part in tl.static_range(N_PARTS):
+            at = (part * TILE_TOKENS + token)[:, None] * E + expert[None, :]
+            logits += tl.load(parts_ptr + at)
+    else:
+        logits = _logits(
+            x_ptr, router_ptr, token, token_ok, 0, D,
+            D, N_EXPERTS, E, TILE_TOKENS, TILE_D, PRECISION, STAGES,
         )
-        logits = tl.dot(x, router, logits, input_precision=PRECISION)
 
     # NaN counts as the largest, as in torch.topk; its token's weights become NaN
     key = tl.where(logits == logits, logits, float("inf"))              # (TILE_TOKENS, E)
@@ -147,8 +205,10 @@ def _scan_kernel(
     starts_ptr, tile_expert_ptr, tile_first_ptr, n_used_ptr,
     n_token_tiles,
     N_EXPERTS: tl.constexpr, E: tl.constexpr, TILE: tl.constexpr, TILE_ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program for all: where the visits from each token tile to each expert begin."""
+    _begin(PDL)
     expert = tl.arange(0, E)[None, :]                                   # (1, E)
     counts = tl.zeros((E,), tl.int32)
     for first in range(0, n_token_tiles, TILE):
@@ -174,8 +234,10 @@ def _place_kernel(
     visits_ptr,                     # (n_visits,)
     n_visits,
     K: tl.constexpr, N_EXPERTS: tl.constexpr, TILE_TOKENS: tl.constexpr, TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program: TILE visits to their places."""
+    _begin(PDL)
     visit = tl.program_id(0) * TILE + tl.arange(0, TILE)                # (TILE,)
     ok = visit < n_visits
     expert = tl.load(experts_ptr + visit, ok, other=0)
@@ -236,14 +298,17 @@ def _gate_up_kernel(
     n_row_tiles,                    # at most
     K: tl.constexpr, D: tl.constexpr, D_FF: tl.constexpr, SAVE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
 ):
     """One program: silu(x W_gate) * x W_up for ROWS visits of one expert and COLS columns."""
+    _begin(PDL)
     row_tile, col_tile = _tile_of(tl.program_id(0), n_row_tiles, tl.cdiv(D_FF, COLS))
-    if row_tile >= tl.load(n_used_ptr):
+    n_used = tl.load(n_used_ptr)
+    expert = tl.load(tile_expert_ptr + row_tile)                # loads that do not wait in turn
+    first_place = tl.load(tile_first_ptr + row_tile)
+    if row_tile >= n_used:
         return
-    expert = tl.load(tile_expert_ptr + row_tile)
-    place = tl.load(tile_first_ptr + row_tile) + tl.arange(0, ROWS)     # (ROWS,)
+    place = first_place + tl.arange(0, ROWS)                            # (ROWS,)
     place_ok = place < tl.load(starts_ptr + expert + 1)
     # rows past the expert's end repeat token 0 and are not stored
     token = (tl.load(visits_ptr + place, place_ok, other=0) // K).to(tl.int64)
@@ -251,9 +316,10 @@ def _gate_up_kernel(
     gate = tl.zeros((ROWS, COLS), tl.float32)
     up = tl.zeros((ROWS, COLS), tl.float32)
     for first in tl.range(0, D, STEP, num_stages=STAGES):
-        x = _load_rows(x_ptr, token, 0, first, D, ROWS, STEP, False)
+        # the weights first: they need not wait for `visits`
         w_gate = _load_weight(w, expert, first, first_col, D, 2 * D_FF, STEP, COLS, TMA)
         w_up = _load_weight(w, expert, first, first_col + D_FF, D, 2 * D_FF, STEP, COLS, TMA)
+        x = _load_rows(x_ptr, token, 0, first, D, ROWS, STEP, False)
         gate = tl.dot(x, w_gate, gate, input_precision=PRECISION)
         up = tl.dot(x, w_up, up, input_precision=PRECISION)
 
@@ -280,15 +346,17 @@ def _project_kernel(
     WEIGHTED: tl.constexpr,
     SPLITS: tl.constexpr,           # of the sum, where there are too few tiles for the chip
     ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
 ):
     """One program: ROWS visits times COLS columns of their expert, rows to their token's place."""
+    _begin(PDL)
     n_col_tiles: tl.constexpr = (N_OUT + COLS - 1) // COLS
     row_tile, part = _tile_of(tl.program_id(0), n_row_tiles, n_col_tiles * SPLITS)
-    if row_tile >= tl.load(n_used_ptr):
-        return
-    expert = tl.load(tile_expert_ptr + row_tile)
+    n_used = tl.load(n_used_ptr)
+    expert = tl.load(tile_expert_ptr + row_tile)                # loads that do not wait in turn
     first_row = tl.load(tile_first_ptr + row_tile)
+    if row_tile >= n_used:
+        return
     place = first_row + tl.arange(0, ROWS)                              # (ROWS,)
     place_ok = place < tl.load(starts_ptr + expert + 1)
     row = tl.minimum(place, n_visits - 1).to(tl.int64)
@@ -319,8 +387,10 @@ def _combine_kernel(
     parts_ptr, out_ptr,             # (SPLITS, n_tokens, K, D), (n_tokens, D)
     n_tokens,
     K: tl.constexpr, SPLITS: tl.constexpr, D: tl.constexpr, TILE_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program: TILE_D columns of one token, the sum of its visits in their order."""
+    _begin(PDL)
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * TILE_D + tl.arange(0, TILE_D)                # (TILE_D,)
     out = tl.zeros((TILE_D,), tl.float32)
@@ -353,7 +423,8 @@ def _hidden_gradient_kernel(
     if row_tile >= tl.load(n_used_ptr):
         return
     expert = tl.load(tile_expert_ptr + row_tile)
-    place = tl.load(tile_first_ptr + row_tile) + tl.arange(0, ROWS)     # (ROWS,)
+    first_place = tl.load(tile_first_ptr + row_tile)
+    place = first_place + tl.arange(0, ROWS)                            # (ROWS,)
     place_ok = place < tl.load(starts_ptr + expert + 1)
     visit = tl.load(visits_ptr + place, place_ok, other=0)              # (ROWS,)
     token = (visit // K).to(tl.int64)
@@ -366,20 +437,23 @@ def _hidden_gradient_kernel(
 
     col = first_col + tl.arange(0, COLS)                                # (COLS,)
     ok = place_ok[:, None] & (col < D_FF)[None, :]
-    row = place.to(tl.int64)[:, None]
-    at = row * (2 * D_FF) + col[None, :]
-    gate = tl.load(gate_up_ptr + at, ok, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + at + D_FF, ok, other=0.0).to(tl.float32)
+    # a 64-bit place of the tile and 32-bit ones inside it: registers are short here
+    tile_at = first_place.to(tl.int64) * D_FF
+    within = tl.arange(0, ROWS)[:, None] * D_FF + col[None, :]
+    at = within + tl.arange(0, ROWS)[:, None] * D_FF
+    gate = tl.load(gate_up_ptr + 2 * tile_at + at, ok, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + 2 * tile_at + D_FF + at, ok, other=0.0).to(tl.float32)
     share = tl.sigmoid(gate)
     hidden = gate * share * up
-    tl.store(d_weights_ptr + col_tile * n_visits + visit, tl.sum(g * hidden, axis=1), place_ok)
+    d_weights_at = d_weights_ptr + tl.cast(col_tile, tl.int64) * n_visits + visit
+    tl.store(d_weights_at, tl.sum(g * hidden, axis=1), place_ok)
     weight = tl.load(weights_ptr + visit, place_ok, other=0.0)[:, None]
-    d_hidden = weight * g
     dtype = d_gate_up_ptr.dtype.element_ty
-    tl.store(weighted_ptr + row * D_FF + col[None, :], (weight * hidden).to(dtype), ok)
+    tl.store(weighted_ptr + tile_at + within, (weight * hidden).to(dtype), ok)
+    d_hidden = weight * g
     d_gate = d_hidden * up * share * (1 + gate * (1 - share))
-    tl.store(d_gate_up_ptr + at, d_gate.to(dtype), ok)
-    tl.store(d_gate_up_ptr + at + D_FF, (d_hidden * gate * share).to(dtype), ok)
+    tl.store(d_gate_up_ptr + 2 * tile_at + at, d_gate.to(dtype), ok)
+    tl.store(d_gate_up_ptr + 2 * tile_at + D_FF + at, (d_hidden * gate * share).to(dtype), ok)
 
 
 @jit
@@ -476,10 +550,10 @@ def moe_layer_triton(
     Raises:
         BadInput: a shape, dtype, device, layout or k is wrong.
 
-    Cost: 6 * n_tokens * k * d * d_ff operations forward and twice that backward. Up to 64 tokens
-    the weights of the experts touched are read once. Memory: hidden (n_tokens * k, d_ff) and a row
-    of d a visit, and for a backward pass gate and up (n_tokens * k, 2 * d_ff). The host never waits
-    for the device, so the call can be captured in a CUDA graph.
+    Cost: 6 * n_tokens * k * d * d_ff operations forward and twice that backward. With few tokens
+    the weights of the experts touched are read from memory once. Memory: hidden (n_tokens * k,
+    d_ff) and a row of d a visit, and for a backward pass gate and up (n_tokens * k, 2 * d_ff). The
+    host never waits for the device, so the call can be captured in a CUDA graph.
     Source: Jiang et al. 2024 (Mixtral), section 2.1; Gale et al. 2022 (MegaBlocks), section 5, for
     the grouped product; Guo et al. 2025 (SonicMoE), for the weights' gradient without a stored
     output of the experts.
@@ -488,6 +562,17 @@ def moe_layer_triton(
     tensors = (x, router, w_gate_up, w_down)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     return _Layer.apply(*tensors, k, save)
+
+
+def layer_in_triton(
+    x: Tensor, router: Tensor, w_gate_up: Tensor, w_down: Tensor, *, k: int
+) -> Tensor:
+    """As `moe_layer_triton`, by the Triton kernels on any GPU, without a gradient."""
+    _check(x, router, w_gate_up, w_down, k)
+    x, router = x.detach().contiguous(), router.detach().contiguous()
+    sizes = Sizes(*x.shape, router.shape[1], w_down.shape[1], k)
+    routed = _route(x, router, sizes, False)
+    return _forward(x, w_gate_up, w_down, routed, sizes, False, on_hopper=False)[0]
 
 
 class _Layer(torch.autograd.Function):
@@ -568,37 +653,62 @@ def _route(x: Tensor, router: Tensor, sizes: Sizes, save: bool) -> Routed:
     tile_counts = x.new_empty((n_token_tiles, n_experts), dtype=torch.int32)
     groups = routed.starts, routed.tile_expert, routed.tile_first, routed.n_used
     padded = {"N_EXPERTS": n_experts, "E": e}
+    common = {"TILE_TOKENS": tiles.rows, "TILE_D": tiles.step, "STAGES": tiles.n_stages,
+              "PRECISION": _precision(x.dtype), "num_warps": tiles.n_warps}  # fmt: skip
+    pdl = _dependent_launch(x)
+    parts, n_parts = x.new_empty(0, dtype=torch.float32), 0
+    if n_token_tiles == 1:
+        length = ceil_div(ceil_div(d, LOGIT_PARTS), tiles.step) * tiles.step
+        n_parts = ceil_div(d, length)
+        parts = parts.new_empty(n_parts, tiles.rows, e)
+        _logits_kernel[(n_parts,)](
+            x, router, parts, n_tokens, D=d, **padded, LENGTH=length, **common, **pdl
+        )
     _route_kernel[(n_token_tiles,)](
-        x, router, routed.experts, routed.weights, routed.probabilities, rank, tile_counts,
+        x, router, parts, routed.experts, routed.weights, routed.probabilities, rank, tile_counts,
         routed.visits, *groups, n_tokens,
         D=d, **padded, K=k, K_PADDED=triton.next_power_of_2(k), SAVE=keep > 0,
-        SOLO=n_token_tiles == 1, TILE_TOKENS=tiles.rows, TILE_D=tiles.step, TILE_ROWS=rows,
-        PRECISION=_precision(x.dtype), STAGES=tiles.n_stages, num_warps=tiles.n_warps,
+        SOLO=n_token_tiles == 1, N_PARTS=n_parts, TILE_ROWS=rows, **common, **pdl,
     )  # fmt: skip
     if n_token_tiles != 1:
         _scan_kernel[(1,)](
             tile_counts, *groups, n_token_tiles, **padded,
-            TILE=SCAN // e, TILE_ROWS=rows, num_warps=8,
+            TILE=SCAN // e, TILE_ROWS=rows, num_warps=8, **pdl,
         )  # fmt: skip
         _place_kernel[(ceil_div(sizes.n_visits, 256),)](
             routed.experts, rank, tile_counts, routed.visits, sizes.n_visits,
-            K=k, N_EXPERTS=n_experts, TILE_TOKENS=tiles.rows, TILE=256,
+            K=k, N_EXPERTS=n_experts, TILE_TOKENS=tiles.rows, TILE=256, **pdl,
         )  # fmt: skip
     return routed
 
 
-def _forward(x, w_gate_up, w_down, routed: Routed, sizes: Sizes, save: bool):
+def _forward(
+    x, w_gate_up, w_down, routed: Routed, sizes: Sizes, save: bool, on_hopper: bool = True
+) -> tuple[Tensor, Tensor]:
     """The layer's result, and what gate and up were if `save`."""
     hidden = x.new_empty(sizes.n_visits, sizes.d_ff)
     gate_up = x.new_empty(sizes.n_visits if save else 0, 2 * sizes.d_ff)
+    if on_hopper and _on_hopper(x, w_gate_up, w_down, sizes):
+        groups = routed.tiles()
+        hopper.gate_up(x, w_gate_up, hidden, gate_up, groups, k=sizes.k, save=save)
+        parts = x.new_empty(1, sizes.n_visits, sizes.d)
+        hopper.project(hidden, w_down, routed.weights, parts, groups, k=sizes.k)
+        return _combine(parts, sizes, x.dtype), gate_up
+    _gate_up(x, w_gate_up, hidden, gate_up, routed, sizes, save)
+    return _project(hidden, w_down, routed, sizes, transposed=False), gate_up
+
+
+def _gate_up(x, w_gate_up, hidden, gate_up, routed: Routed, sizes: Sizes, save: bool) -> None:
+    """Fill `hidden`, and `gate_up` if `save`, visits by expert."""
     tiles = choose_tiles("gate_up", sizes, x.dtype)
+    if sizes.d_ff * x.itemsize % 16:    # TMA cannot begin at up's first column
+        tiles = tiles._replace(tma=False)
     n_row_tiles = len(routed.tile_expert)
     (w,), options = _operands(tiles, (w_gate_up, tiles.step, tiles.cols))
     _gate_up_kernel[(n_row_tiles * ceil_div(sizes.d_ff, tiles.cols),)](
         x, w, hidden, gate_up, *routed.tiles(), n_row_tiles,
-        K=sizes.k, D=sizes.d, D_FF=sizes.d_ff, SAVE=save, **options,
+        K=sizes.k, D=sizes.d, D_FF=sizes.d_ff, SAVE=save, **options, **_dependent_launch(x),
     )  # fmt: skip
-    return _project(hidden, w_down, routed, sizes, transposed=False), gate_up
 
 
 def _project(rows, w, routed: Routed, sizes: Sizes, *, transposed: bool) -> Tensor:
@@ -612,19 +722,37 @@ def _project(rows, w, routed: Routed, sizes: Sizes, *, transposed: bool) -> Tens
     splits = _splits(n_row_tiles * n_col_tiles, n_in, tiles) if not transposed else 1
     dtype = rows.dtype if splits == 1 else torch.float32
     parts = rows.new_empty((splits, sizes.n_visits, sizes.d), dtype=dtype)
+    _project_into(parts, rows, w, routed, sizes, tiles, transposed=transposed)
+    return _combine(parts, sizes, rows.dtype)
+
+
+def _project_into(parts, rows, w, routed: Routed, sizes: Sizes, tiles, *, transposed: bool) -> None:
+    n_row_tiles, (splits, _, d) = len(routed.tile_expert), parts.shape
+    n_in = rows.shape[1]
+    n_col_tiles = ceil_div(d, tiles.cols)
     block = (tiles.cols, tiles.step) if transposed else (tiles.step, tiles.cols)
     (a, b), options = _operands(tiles, (rows, tiles.rows, tiles.step), (w, *block))
     _project_kernel[(n_row_tiles * n_col_tiles * splits,)](
         a, b, routed.weights, parts, *routed.tiles(), n_row_tiles, sizes.n_visits,
-        N_IN=n_in, N_OUT=sizes.d, TRANSPOSED=transposed, WEIGHTED=not transposed, SPLITS=splits,
-        **options,
+        N_IN=n_in, N_OUT=d, TRANSPOSED=transposed, WEIGHTED=not transposed, SPLITS=splits,
+        **options, **_dependent_launch(rows),
     )  # fmt: skip
-    out = rows.new_empty(sizes.n_tokens, sizes.d)
+
+
+def _combine(parts: Tensor, sizes: Sizes, dtype: torch.dtype) -> Tensor:
+    """The sum of each token's rows of `parts` (splits, n_visits, d), visits by token."""
+    out = parts.new_empty(sizes.n_tokens, sizes.d, dtype=dtype)
     tile_d = min(1024, triton.next_power_of_2(sizes.d))
     _combine_kernel[(sizes.n_tokens, ceil_div(sizes.d, tile_d))](
-        parts, out, sizes.n_tokens, K=sizes.k, SPLITS=splits, D=sizes.d, TILE_D=tile_d
-    )
+        parts, out, sizes.n_tokens,
+        K=sizes.k, SPLITS=len(parts), D=sizes.d, TILE_D=tile_d, **_dependent_launch(parts),
+    )  # fmt: skip
     return out
+
+
+def _on_hopper(x: Tensor, w_gate_up: Tensor, w_down: Tensor, sizes: Sizes) -> bool:
+    """Whether the Hopper kernels take the forward products: their row tiles must be the call's."""
+    return choose_rows(sizes, x.dtype) == hopper.ROWS and hopper.supports(x, w_gate_up, w_down)
 
 
 def _backward(d_out, x, router, w_gate_up, w_down, gate_up, routed: Routed, sizes: Sizes):
@@ -678,13 +806,14 @@ class Tiles(NamedTuple):
     tma: bool = False   # whether Hopper's tensor memory accelerator copies what lies in order
 
 
-# (kernel, bytes an element, whether tiles are full: else `rows` is cut to what an expert gets)
+# (kernel, bytes an element, whether tiles are full: else `rows` is cut to what an expert gets);
+# measured on an H200
 TILES = {
     ("gate_up", 2, True): Tiles(128, 128, 64, 8, 4),
-    ("gate_up", 2, False): Tiles(64, 64, 128, 4, 3),
+    ("gate_up", 2, False): Tiles(64, 64, 64, 4, 6),
     ("project", 2, True): Tiles(128, 256, 64, 8, 4),
-    ("project", 2, False): Tiles(64, 64, 128, 4, 4),
-    ("hidden_gradient", 2, True): Tiles(128, 128, 64, 8, 3),
+    ("project", 2, False): Tiles(64, 128, 64, 4, 4),
+    ("hidden_gradient", 2, True): Tiles(128, 64, 64, 8, 4),
     ("hidden_gradient", 2, False): Tiles(64, 64, 64, 4, 3),
     ("weight_gradient", 2, True): Tiles(128, 128, 64, 8, 3),
     ("weight_gradient", 2, False): Tiles(128, 128, 32, 8, 3),
@@ -692,12 +821,17 @@ TILES = {
     ("gate_up", 4, False): Tiles(64, 32, 32, 4, 2),
     ("project", 4, True): Tiles(64, 64, 32, 4, 2),
     ("project", 4, False): Tiles(64, 64, 32, 4, 2),
-    ("hidden_gradient", 4, True): Tiles(64, 64, 32, 4, 2),
-    ("hidden_gradient", 4, False): Tiles(64, 64, 32, 4, 2),
+    ("hidden_gradient", 4, True): Tiles(64, 32, 32, 4, 2),
+    ("hidden_gradient", 4, False): Tiles(64, 32, 32, 4, 2),
     ("weight_gradient", 4, True): Tiles(64, 64, 32, 4, 2),
     ("weight_gradient", 4, False): Tiles(64, 64, 32, 4, 2),
 }
+SMALL_TILES = {     # of 16 rows: as many weights under way as shared memory holds
+    "gate_up": Tiles(16, 64, 128, 4, 5),
+    "project": Tiles(16, 64, 128, 4, 4),
+}
 SCAN = 8192             # counts that _scan_kernel reads at a time
+LOGIT_PARTS = 16        # multiprocessors that read the router for few tokens
 
 
 def choose_rows(sizes: Sizes, dtype: torch.dtype) -> int:
@@ -706,11 +840,13 @@ def choose_rows(sizes: Sizes, dtype: torch.dtype) -> int:
 
 
 def rows_for(sizes: Sizes, dtype: torch.dtype) -> int:
-    """Few tokens: so many that an expert has one tile. Many: 128, if the experts fill them."""
-    if sizes.n_tokens <= DECODE_TOKENS:
-        return max(16, triton.next_power_of_2(sizes.n_tokens))
-    full = dtype.itemsize == 2 and sizes.n_visits >= 96 * sizes.n_experts
-    return 128 if full else 64
+    """128, if the experts fill that; else so many that most experts have one tile."""
+    full = sizes.n_tokens > DECODE_TOKENS and sizes.n_visits >= 96 * sizes.n_experts
+    if full and dtype.itemsize == 2:
+        return 128
+    usual = max(1, 4 * sizes.n_visits // sizes.n_experts)
+    most = max(1, min(sizes.n_tokens, usual, 64))
+    return max(16, triton.next_power_of_2(most))
 
 
 def choose_tiles(kernel: str, sizes: Sizes, dtype: torch.dtype) -> Tiles:
@@ -735,6 +871,8 @@ def tiles_for(
         itemsize = dtype.itemsize if tensor_cores else 4    # without them products are float32
         rows = rows_for(sizes, dtype)
         tiles = TILES[kernel, itemsize, rows == 128]
+        if rows == 16 and itemsize == 2:
+            tiles = SMALL_TILES.get(kernel, tiles)
         if kernel != "weight_gradient":
             tiles = tiles._replace(rows=rows)
         tiles = tiles._replace(tma=capability is not None and capability >= (9, 0))
@@ -766,7 +904,7 @@ def _shared_bytes(capability: tuple[int, int] | None) -> int:
 def _splits(n_tiles: int, n_in: int, tiles: Tiles) -> int:
     """Into how many parts a sum is cut, so that few tiles still keep the whole chip reading."""
     gpu = gpu_facts()
-    wanted = 2 * gpu.n_sms if gpu else 8
+    wanted = gpu.n_sms if gpu else 8
     splits = 1
     while n_tiles * splits < wanted and splits < 8 and n_in >= 4 * splits * tiles.step:
         splits *= 2
@@ -800,6 +938,13 @@ def _has_tma_strides(x: Tensor) -> bool:
     """TMA needs the address and every stride in steps of 16 bytes."""
     steps = [x.data_ptr(), *(stride * x.itemsize for stride in x.stride()[:-1])]
     return x.numel() > 0 and all(step % 16 == 0 for step in steps)
+
+
+def _dependent_launch(x: Tensor) -> dict:
+    """Options of a kernel whose start hides behind the end of the one before it (sm_90 on)."""
+    gpu = gpu_facts()
+    pdl = x.is_cuda and torch.version.hip is None and gpu is not None and gpu.capability >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
 
 
 def _precision(dtype: torch.dtype) -> str:

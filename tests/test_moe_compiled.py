@@ -1,0 +1,142 @@
+"""The kernels of mixture of experts, compiled for GPUs that are not here."""
+
+import aot
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from llmopt_lab.moe import hopper
+from llmopt_lab.moe.kernels import Sizes, rows_for, tiles_for
+
+MODULE = "llmopt_lab.moe.kernels"
+CAPABILITIES = {
+    "sm_75": (7, 5), "sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0), "sm_100": (10, 0),
+    "gfx942": None,
+}  # fmt: skip
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+GROUPS = dict.fromkeys(
+    ("visits_ptr", "starts_ptr", "tile_expert_ptr", "tile_first_ptr", "n_used_ptr"), "*i32"
+)
+COUNTS = dict.fromkeys(("n_row_tiles", "n_visits", "n_tokens", "n_token_tiles", "n_parts"), "i32")
+PREFILL, DECODE = Sizes(4096, 4096, 8, 14336, 2), Sizes(8, 2048, 128, 768, 8)
+
+
+def spec(target: str, dtype: str, kernel: str, sizes: Sizes, transposed: bool = False) -> dict:
+    """One kernel as its launcher calls it on that GPU."""
+    capability = CAPABILITIES[target]
+    tiles = tiles_for(kernel, sizes, DTYPES[dtype], capability)
+    hopper_on = capability is not None and capability >= (9, 0)
+    few = sizes.n_tokens <= tiles.rows if kernel == "route" else sizes.n_tokens <= 64
+    n, d, n_experts, d_ff, k = sizes
+    tma = tiles.tma and kernel in ("gate_up", "project", "hidden_gradient")
+
+    def tensor(*block: int) -> str:
+        return f"tensordesc<{dtype}[{', '.join(map(str, block))}]>" if tma else f"*{dtype}"
+
+    rows, cols, step = tiles.rows, tiles.cols, tiles.step
+    turned = transposed or kernel == "hidden_gradient"
+    e = max(16, 1 << (n_experts - 1).bit_length())
+    signature = {
+        "w": tensor(1, cols, step) if turned else tensor(1, step, cols),
+        "rows": tensor(rows, step),
+        "parts_ptr": "*fp32" if few or kernel == "route" else f"*{dtype}",
+    }
+    signature |= dict.fromkeys(
+        ("x_ptr", "router_ptr", "hidden_ptr", "gate_up_ptr", "d_out_ptr", "d_gate_up_ptr",
+         "weighted_ptr", "a_ptr", "b_ptr", "d_w_ptr"), f"*{dtype}"
+    )  # fmt: skip
+    signature |= dict.fromkeys(("weights_ptr", "probabilities_ptr", "d_weights_ptr"), "*fp32")
+    signature |= dict.fromkeys(("experts_ptr", "rank_ptr", "tile_counts_ptr"), "*i32")
+    constexprs = {
+        "D": d, "N_EXPERTS": n_experts, "E": e, "K": k, "K_PADDED": 1 << (k - 1).bit_length(),
+        "D_FF": d_ff, "SAVE": True, "SOLO": few, "N_PARTS": 16 if few else 0,
+        "TILE_TOKENS": rows, "TILE_D": step, "TILE_ROWS": rows_for(sizes, DTYPES[dtype]),
+        "ROWS": rows, "COLS": cols, "STEP": step, "STAGES": tiles.n_stages, "TMA": tma,
+        "N_IN": 2 * d_ff if transposed else d_ff, "N_OUT": d, "TRANSPOSED": transposed,
+        "WEIGHTED": not transposed, "SPLITS": 2 if few and not transposed else 1,
+        "M": d, "N": 2 * d_ff, "GATHER_A": True, "PDL": hopper_on,
+        "PRECISION": "tf32x3" if dtype == "fp32" and hopper_on else "ieee",
+    }  # fmt: skip
+    return {
+        "kernel": f"{MODULE}:_{kernel}_kernel",
+        "target": target,
+        "signature": _named(kernel, signature | GROUPS | COUNTS),
+        "constexprs": _named(kernel, constexprs),
+        "options": {"num_warps": tiles.n_warps},
+    }
+
+
+def _named(kernel: str, values: dict) -> dict:
+    """Those that the kernel has."""
+    from llmopt_lab.moe import kernels
+
+    names = getattr(kernels, f"_{kernel}_kernel").arg_names
+    return {name: value for name, value in values.items() if name in names}
+
+
+def specs_of(target: str) -> list[dict]:
+    """Forward and backward for few tokens in fp16; on Hopper also for many, in bf16 and fp32."""
+    names = ("route", "gate_up", "project", "hidden_gradient", "weight_gradient")
+    specs = [spec(target, "fp16", name, DECODE) for name in names]
+    if target == "sm_90":
+        specs += [spec(target, "bf16", name, PREFILL) for name in names]
+        specs += [spec(target, "bf16", "project", PREFILL, transposed=True)]
+        specs += [spec(target, "fp32", name, PREFILL) for name in ("gate_up", "hidden_gradient")]
+    return specs
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+def test_kernels_compile_and_fit_the_chip(target):
+    specs = specs_of(target)
+    for one, facts in zip(specs, aot.compile_ahead(specs), strict=True):
+        what = f"{one['kernel']} {one['constexprs']}"
+        assert facts["shared"] <= aot.TARGETS[target][3], f"{what}: shared memory {facts['shared']}"
+        if target == "sm_90":
+            assert facts["spills"] == 0, f"{what} spills {facts['spills']} bytes"
+
+
+def hopper_spec(sizes: Sizes, *, gate_up: bool, gather: bool, save: bool) -> dict:
+    n_in, n_out = (sizes.d, sizes.d_ff) if gate_up else (sizes.d_ff, sizes.d)
+    dtype = torch.bfloat16
+    constants = hopper.constants(n_in, n_out, sizes.k, gate_up=gate_up, gather=gather, save=save)
+    box, rows = [1, 64, 128 if gate_up else 256], [64, 64]
+    signature = GROUPS | {name: "constexpr" for name in constants}
+    signature |= {"out_ptr": "*bf16", "gate_up_ptr": "*bf16", "weights_ptr": "*fp32"}
+    signature["w_desc"] = f"tensordesc<bf16{box},{hopper.tile_layout(box, dtype)!r}>"
+    signature["rows"] = f"tensordesc<bf16{rows},{hopper.tile_layout(rows, dtype)!r}>"
+    if gather:
+        signature["rows"] = "*bf16"
+    return {
+        "kernel": "llmopt_lab.moe.hopper:_grouped_kernel",
+        "target": "sm_90",
+        "signature": signature,
+        "constexprs": constants,
+        "options": {"num_warps": 4, "maxnreg": hopper.MAX_REGISTERS},
+    }
+
+
+def test_the_hopper_kernels_compile_without_spills_and_fit():
+    specs = [
+        hopper_spec(PREFILL, gate_up=True, gather=False, save=False),
+        hopper_spec(DECODE, gate_up=True, gather=True, save=True),
+        hopper_spec(PREFILL, gate_up=False, gather=False, save=False),
+    ]
+    for one, facts in zip(specs, aot.compile_ahead(specs), strict=True):
+        assert facts["spills"] == 0, (one["constexprs"], facts)
+        assert facts["shared"] <= aot.TARGETS["sm_90"][3], (one["constexprs"], facts)
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 0), None])
+def test_tiles_are_powers_of_two_that_a_product_takes(capability):
+    for kernel in ("route", "gate_up", "project", "hidden_gradient", "weight_gradient"):
+        for n_tokens in (1, 30, 64, 65, 1000, 100_000):
+            for n_experts, k in ((1, 1), (8, 2), (256, 16)):
+                for dtype in DTYPES.values():
+                    sizes = Sizes(n_tokens, 1024, n_experts, 512, k)
+                    tiles = tiles_for(kernel, sizes, dtype, capability)
+                    for size in (tiles.rows, tiles.cols, tiles.step):
+                        assert size in (16, 32, 64, 128, 256), (kernel, sizes, tiles)
+                    assert tiles.n_stages >= 2
+                    hopper_on = capability is not None and capability >= (9, 0)
+                    assert tiles.tma == (hopper_on and kernel != "route")
