@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from expert_parallel_ranks import D, DEAD_S, LATE_S, SCENARIOS, whole_layer
+from expert_parallel_ranks import DEAD_S, LATE_S, SCENARIOS, D, whole_layer
 
 from llmopt_lab.core.errors import BadInput
 from llmopt_lab.moe import expert_parallel
