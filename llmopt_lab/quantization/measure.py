@@ -149,33 +149,31 @@ def variants(*, few: bool) -> list[dict]:
     or "online"; `inputs` are bits and observer of the activations, None for float ones.
     """
     rtn = {"method": "rtn", "bits": 4}
-    four = [
-        *({"method": kind} for kind in FORMATS),
-        {**rtn, "group_size": 128},
-        {**rtn, "group_size": 16},
-        {**rtn, "bits": 3, "group_size": 128},
+    formats = [{"method": kind} for kind in FORMATS]
+    groups = [{**rtn, "group_size": 128}, {**rtn, "bits": 3, "group_size": 128}]
+    small = [{**rtn, "group_size": 16}]
+    others = [
+        {**rtn, "group_size": 32},
+        {**rtn, "group_size": None},
+        {"method": "gptq", "bits": 4, "group_size": 128, "act_order": True},
     ]
-    if not few:
-        four += [
-            {**rtn, "group_size": 32},
-            {**rtn, "group_size": None},
-            {"method": "gptq", "bits": 4, "group_size": 128, "act_order": True},
-        ]
+    turned = [*groups, formats[0]] if few else [*groups, *formats, *small, *others]
     made = [
-        {"how": how, "rotation": rotation, "inputs": None}
-        for rotation in (None, "offline")
-        for how in four
+        {"how": how, "rotation": None, "inputs": None}
+        for how in [*groups, *formats, *small, *([] if few else others)]
     ]
+    made += [{"how": how, "rotation": "offline", "inputs": None} for how in turned]
     made += [
         {"how": how, "rotation": rotation, "inputs": {"bits": bits, "observer": None}}
-        for how, bits in ((None, 8), (None, 4), ({**rtn, "group_size": 128}, 4))
+        for how, bits in ((None, 4), (None, 8), ({**rtn, "group_size": 128}, 4))
         for rotation in (None, "offline", "online")
+        if not few or (how is None and (bits == 4 or rotation is None))
     ]
     made += [
         {"how": None, "rotation": rotation, "inputs": {"bits": 8, "observer": observer}}
-        for rotation in (None, "online")
         for observer in OBSERVERS
-        if not few or observer in ("min-max", "MSE")
+        for rotation in (None, "online")
+        if not few or observer == "min-max"
     ]
     return made
 
