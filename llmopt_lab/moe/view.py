@@ -252,6 +252,7 @@ def training_frame(runs: Mapping[str, Sequence[TrainingReport]], at: int = -1) -
         tuple(Line(name, tuple(points), tone) for name, (tone, points, _) in lines.items()),
         "steps",
         "x mean",
+        1.4 * max(r.busiest for reports in runs.values() for r in reports),  # room for three labels
     )
     bits = Chart(
         "training text, bits a byte",
@@ -261,6 +262,7 @@ def training_frame(runs: Mapping[str, Sequence[TrainingReport]], at: int = -1) -
         ),
         "steps",
         "bits",
+        1.4 * max(r.bits for reports in runs.values() for r in reports),
     )
     told = "; ".join(
         f"{name}: {r.bits:.2f} bits a byte, busiest {r.busiest:.1f} times the mean"
