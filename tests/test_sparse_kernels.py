@@ -22,6 +22,7 @@ from llmopt_lab.sparse_attention.block_lists import cover, grids, lists_of
 from llmopt_lab.sparse_attention.cases import Sizes, attention_inputs, attention_oracle
 from llmopt_lab.sparse_attention.kernels import (
     Tiles,
+    select_blocks,
     sparse_attention_triton,
     tiles_for,
     walk_of,
@@ -42,12 +43,12 @@ from llmopt_lab.sparse_attention.patterns import (
 )
 from llmopt_lab.sparse_attention.select import top_blocks
 
-ONE = Sizes(45, 100, 16, 16, n_heads=2, n_kv_heads=1)
+ONE = Sizes(33, 50, 16, 16, n_heads=2, n_kv_heads=1)
 SHAPES = [
     ONE,
-    Sizes(70, 70, 24, 24, batch=2, n_heads=2, n_kv_heads=2),
-    Sizes(90, 41, 16, 16),  # the first 49 tokens lie before the first key
-    Sizes(1, 75, 8, 8, n_heads=4, n_kv_heads=2),
+    Sizes(40, 40, 24, 24, batch=2, n_heads=2, n_kv_heads=2),
+    Sizes(70, 33, 16, 16),  # the first 37 tokens lie before the first key
+    Sizes(1, 60, 8, 8, n_heads=4, n_kv_heads=2),
 ]
 
 
@@ -128,21 +129,19 @@ def test_results_and_gradients_equal_dense_attention_under_the_mask(name):
     check_forward_and_backward(*inputs(ONE), PATTERNS[name](ONE.n_k))
 
 
-@pytest.mark.parametrize("name", ["window 17", "sinks", "symmetric window", "longformer"])
+@pytest.mark.parametrize("name", ["sinks", "symmetric window", "longformer"])
 @pytest.mark.parametrize("sizes", SHAPES[1:], ids=str)
 def test_other_shapes_are_right_too(sizes, name):
     check_forward_and_backward(*inputs(sizes), PATTERNS[name](sizes.n_k))
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(
-    st.integers(1, 60), st.integers(1, 60), st.integers(-3, 45), st.integers(0, 50),
+    st.integers(1, 50), st.integers(1, 50), st.integers(1, 45), st.integers(0, 40),
     st.booleans(), st.integers(0, 9),
 )  # fmt: skip
 def test_any_window_and_sinks_need_no_list(n_q, n_k, width, n_sinks, causal, seed):
-    pattern = SlidingWindow(max(1, width), causal=causal)
-    if n_sinks and causal:
-        pattern = streaming(max(1, width), n_sinks)
+    pattern = streaming(width, n_sinks) if causal else SlidingWindow(width, causal=False)
     sizes = Sizes(n_q, n_k, 8, 8)
     check_forward_and_backward(*inputs(sizes, seed=seed), pattern)
     q, k, _ = inputs(sizes)
@@ -179,25 +178,55 @@ def test_the_lists_cover_the_pattern_and_are_tight_for_most(name, sizes):
 
 
 def test_more_blocks_than_one_load_holds_are_listed_too():
-    n = 16 * 1100
-    q, k = (torch.empty(1, 1, n, 8) for _ in range(2))
+    q, k = torch.empty(1, 1, 20, 8), torch.empty(1, 1, 16 * 1100, 8)
     walk = walk_of(q, k, InBlocks(16, Strided(550)))
     assert walk.block_q == 16
     blocks, n_full, n_live, _ = walk.lists(of_keys=False)
-    assert blocks[0, -1, :2].tolist() == [549, 1099]
-    assert n_full[0].tolist() == n_live[0].tolist() == [1] * 550 + [2] * 550
+    # the first four queries are of block 1098, the next sixteen of block 1099; blocks begin at 0
+    assert blocks[0, 0, :4].tolist() == [548, 549, 1098, 1099]
+    assert n_full[0].tolist() == [0, 2] and n_live[0].tolist() == [4, 2]
+    assert blocks[0, 1, :2].tolist() == [549, 1099]
 
 
 @pytest.mark.parametrize("block", [16, 32])
 def test_lists_of_chosen_blocks_restrict_the_pattern(block):
-    sizes = Sizes(50, 70, 16, 16, batch=2, n_heads=4, n_kv_heads=2)
-    q, k, v = inputs(sizes)
+    q, k, v = inputs(Sizes(33, 50, 16, 16, n_heads=4, n_kv_heads=2))
     pattern = streaming(40, 5)
     lists = top_blocks(q, k, pattern, n_blocks=1, tile_q=block, tile_k=block)
-    token = lists.live().repeat_interleave(block, -2)[..., :50, :]
-    token = token.repeat_interleave(block, -1)[..., :70]
-    mask = (token & pattern.mask(50, 70)).repeat_interleave(2, 1)
+    token = lists.live().repeat_interleave(block, -2)[..., :33, :]
+    token = token.repeat_interleave(block, -1)[..., :50]
+    mask = (token & pattern.mask(33, 50)).repeat_interleave(2, 1)
     check_forward_and_backward(q, k, v, pattern, mask=mask, lists=lists)
+
+
+@pytest.mark.parametrize("always", [None, streaming(9, 3)], ids=str)
+@pytest.mark.parametrize("n_blocks", [1, 2, 99])
+def test_the_kernel_selects_the_blocks_that_the_reference_selects(n_blocks, always):
+    q, k, _ = inputs(Sizes(70, 101, 16, 16, batch=2, n_heads=4, n_kv_heads=2))
+    pattern = SlidingWindow(80)
+    sizes = {"n_blocks": n_blocks, "tile_q": 32, "tile_k": 16, "always": always}
+    got = select_blocks(q, k, pattern, **sizes)
+    want = top_blocks(q, k, pattern, **sizes)
+    assert torch.equal(got.n_live, want.n_live)
+    for i in range(2):
+        for j in range(2):
+            a, b = got.of((i, j)), want.of((i, j))
+            for row in range(3):
+                assert [keys.start for keys, _ in a.row(row)] == [
+                    keys.start for keys, _ in b.row(row)
+                ] or a.n_full[row] < b.n_full[row]  # the ragged last block is partial here
+    assert torch.equal(got.live(), want.live())
+
+
+def test_a_selection_that_cannot_be_made_is_refused():
+    q, k, _ = inputs(ONE)
+    for change, message in [
+        ({"n_blocks": 0}, "n_blocks must be positive"),
+        ({"tile_k": 24}, "blocks of 16, 32, 64 or 128"),
+        ({"k": torch.empty(1, 1, 16 * 4097, 16), "tile_k": 16}, "at most 4096 blocks"),
+    ]:
+        with pytest.raises(BadInput, match=message):
+            select_blocks(**{"q": q, "k": k, "pattern": Causal(), "n_blocks": 1} | change)
 
 
 def test_shared_lists_and_lists_without_a_block_work():
@@ -232,7 +261,7 @@ def test_only_live_blocks_are_read():
 def test_any_tiles_give_the_same_result(tiles, monkeypatch):
     monkeypatch.setattr(kernels, "choose_tiles", lambda *_: tiles)
     for name in ("sinks", "symmetric window"):
-        check_forward_and_backward(*inputs(Sizes(70, 101, 24, 24)), PATTERNS[name](101))
+        check_forward_and_backward(*inputs(Sizes(50, 70, 24, 24)), PATTERNS[name](70))
 
 
 def test_inputs_in_any_layout_give_the_same_result_in_the_layout_of_q():
@@ -246,7 +275,7 @@ def test_inputs_in_any_layout_give_the_same_result_in_the_layout_of_q():
 
 def test_the_scale_is_taken_as_given():
     q, k, v = inputs(ONE)
-    want = attention_oracle(q, k, v, streaming(9, 2).mask(45, 100), scale=0.4)
+    want = attention_oracle(q, k, v, streaming(9, 2).mask(33, 50), scale=0.4)
     assert_close(sparse_attention_triton(q, k, v, streaming(9, 2), scale=0.4), want)
 
 
@@ -480,7 +509,7 @@ def test_windows_and_sinks_are_right_on_a_gpu_on_random_shapes(
 def test_chosen_blocks_are_right_on_a_gpu(block):
     sizes = GPU_SHAPES[0]
     q, k, v = inputs(sizes, dtype=torch.bfloat16, device="cuda")
-    lists = top_blocks(q, k, Causal(), n_blocks=3, tile_q=block, tile_k=block)
+    lists = select_blocks(q, k, Causal(), n_blocks=3, tile_q=block, tile_k=block)
     token = lists.live().repeat_interleave(block, -2)[..., : sizes.n_q, :]
     token = token.repeat_interleave(block, -1)[..., : sizes.n_k]
     mask = token & Causal().mask(sizes.n_q, sizes.n_k, device="cuda")

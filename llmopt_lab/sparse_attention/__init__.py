@@ -8,6 +8,12 @@ Sources
     Xiao et al. 2023, StreamingLLM, https://arxiv.org/abs/2309.17453
     Tang et al. 2024, Quest, https://arxiv.org/abs/2406.10774
     Yuan et al. 2025, Native Sparse Attention (NSA), https://arxiv.org/abs/2502.11089
+    Lu et al. 2025, MoBA, https://arxiv.org/abs/2502.13189
+
+Files beside reference.py
+    patterns.py     rules            block_lists.py  covers           select.py     chosen blocks
+    nsa.py          three branches   streaming.py    rolling cache    recall.py     what is lost
+    io_model.py     bytes and FLOPs  attend.py       in the model     measure.py    on a CPU
 
 Symbols
     paper           here                shape           meaning

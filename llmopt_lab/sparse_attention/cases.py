@@ -311,7 +311,7 @@ def _lists_case(title, pattern) -> Case:
         return q, k, pattern(n=n)
 
     return Case(
-        title=title, sizes=({"n": 16384}, {"n": 65536}), inputs=inputs, oracle=lists_oracle,
+        title=title, sizes=({"n": 16384}, {"n": 32768}), inputs=inputs, oracle=lists_oracle,
         contenders=LISTS, flops=lambda n: 0, min_bytes=lambda n: 4 * ceil_div(n, 128),
         cpu_sizes=({"n": 256},),
     )  # fmt: skip
@@ -332,10 +332,9 @@ CASES = (
         (
             {"n": 16384, "window": 1024},
             {"n": 16384, "window": 1024, "sinks": 4},
-            {"n": 16384, "window": 256},
             {"n": 16384, "window": 4096},
             {"n": 16384, "window": 1024, "d_head": 64},
-            {"n": 65536, "window": 1024},
+            {"n": 32768, "window": 1024},
         ),
         _windowed,
     ),

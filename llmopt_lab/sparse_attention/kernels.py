@@ -85,6 +85,23 @@ def _held(
 
 
 @jit
+def _near(
+    at, ok, owner, n_q, n_k,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, OF_KEYS: tl.constexpr,
+):
+    """Whether the first bands at `at` are about the rows, or the columns, of the owner."""
+    grain = tl.load(at, ok, other=1)
+    if OF_KEYS:
+        begin, end = tl.load(at + 6, ok, other=1), tl.load(at + 7, ok, other=0)
+        first, last = owner * BLOCK_K // grain, (owner * BLOCK_K + BLOCK_K - 1) // grain
+    else:
+        begin, end = tl.load(at + 4, ok, other=1), tl.load(at + 5, ok, other=0)
+        token = owner * BLOCK_Q + n_k - n_q
+        first, last = _floor_div(token, grain), _floor_div(token + BLOCK_Q - 1, grain)
+    return ok & (first < end) & (last >= begin)
+
+
+@jit
 def _states(
     terms_ptr, grid_ptr, which, owner, begin, n_terms, n_q, n_k, n_owners, n_walked,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, FROM_TERMS: tl.constexpr,
@@ -110,23 +127,20 @@ def _states(
         first_row += n_k - n_q
         some = walked < 0
         every = walked < 0
-        for i in range(n_terms):
-            at = terms_ptr + i * FIELDS
-            grain = tl.load(at)
-            # of many terms, most are about other rows than this
-            if OF_KEYS:
-                near = (owner * BLOCK_K // grain < tl.load(at + 7)) & (
-                    (owner * BLOCK_K + BLOCK_K - 1) // grain >= tl.load(at + 6)
-                )
-            else:
-                near = (_floor_div(owner * BLOCK_Q + n_k - n_q, grain) < tl.load(at + 5)) & (
-                    _floor_div(owner * BLOCK_Q + BLOCK_Q - 1 + n_k - n_q, grain) >= tl.load(at + 4)
-                )
-            if near:
-                some_1, every_1 = _held(at, first_row, last_row, first_col, last_col)
-                some_2, every_2 = _held(at + 8, first_row, last_row, first_col, last_col)
-                some = some | (some_1 & some_2)
-                every = every | (every_1 & every_2)
+        # of many terms, most are about other rows than this
+        for chunk in range(0, n_terms, 16):
+            i = chunk + tl.arange(0, 16)                                # (16,)
+            near = _near(
+                terms_ptr + i * FIELDS, i < n_terms, owner, n_q, n_k, BLOCK_Q, BLOCK_K, OF_KEYS
+            )
+            if tl.max(near.to(tl.int32), axis=0) > 0:
+                for j in range(chunk, tl.minimum(chunk + 16, n_terms)):
+                    at = terms_ptr + j * FIELDS
+                    if _near(at, j < n_terms, owner, n_q, n_k, BLOCK_Q, BLOCK_K, OF_KEYS):
+                        some_1, every_1 = _held(at, first_row, last_row, first_col, last_col)
+                        some_2, every_2 = _held(at + 8, first_row, last_row, first_col, last_col)
+                        some = some | (some_1 & some_2)
+                        every = every | (every_1 & every_2)
         state = tl.where(every, FULL, tl.where(some, PARTIAL, 0))
     else:
         n_cols = n_owners if OF_KEYS else n_walked
@@ -177,6 +191,57 @@ def _list_kernel(
         n_live += tl.sum(partial, axis=0)
     tl.store(n_full_ptr + pid, n_full)
     tl.store(n_live_ptr + pid, n_live)
+
+
+@jit
+def _grid_kernel(
+    blocks_ptr, n_full_ptr, n_live_ptr, grid_ptr,       # lists, and their grid, zeros before
+    most, n_cols,
+    WIDTH: tl.constexpr,
+):
+    """One program: one list back into its row of the grid."""
+    pid = tl.program_id(0).to(tl.int64)
+    n_full, n_live = tl.load(n_full_ptr + pid), tl.load(n_live_ptr + pid)
+    for begin in range(0, most, WIDTH):
+        i = begin + tl.arange(0, WIDTH)                                 # (WIDTH,)
+        block = tl.load(blocks_ptr + pid * most + i, i < n_live, other=0)
+        state = tl.where(i < n_full, FULL, PARTIAL).to(tl.int8)
+        tl.store(grid_ptr + pid * n_cols + block, state, i < n_live)
+
+
+@jit
+def _select_kernel(
+    scores_ptr,                     # (n_lists, n_rows, n_cols) float32
+    terms_ptr, n_terms,             # blocks that hold none of these pairs are never chosen
+    always_ptr, n_always,           # blocks that hold one of these are always
+    grid_ptr,                       # (n_lists, n_rows, n_cols) int8, the result
+    n_q, n_k, n_rows, n_cols, n_blocks,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ALWAYS: tl.constexpr, WIDTH: tl.constexpr,
+):
+    """One program: the `n_blocks` best blocks of one row; of equals the first."""
+    pid = tl.program_id(0).to(tl.int64)
+    row = (pid % n_rows).to(tl.int32)
+    col = tl.arange(0, WIDTH)                                           # (WIDTH,)
+    state = _states(
+        terms_ptr, grid_ptr, 0, row, 0, n_terms, n_q, n_k, n_rows, n_cols,
+        BLOCK_Q, BLOCK_K, True, False, WIDTH,
+    )
+    chosen = col < 0
+    if ALWAYS:
+        kept = _states(
+            always_ptr, grid_ptr, 0, row, 0, n_always, n_q, n_k, n_rows, n_cols,
+            BLOCK_Q, BLOCK_K, True, False, WIDTH,
+        )
+        chosen = (kept > 0) & (state > 0)
+    scores = tl.load(scores_ptr + pid * n_cols + col, col < n_cols, other=-float("inf"))
+    scores = tl.where((state > 0) & (chosen == 0), scores, -float("inf"))
+    for _ in range(n_blocks):
+        best = tl.max(scores, axis=0)
+        place = tl.min(tl.where(scores == best, col, WIDTH), axis=0)
+        taken = (col == place) & (scores > -float("inf"))
+        chosen = chosen | taken
+        scores = tl.where(taken, -float("inf"), scores)
+    tl.store(grid_ptr + pid * n_cols + col, tl.where(chosen, state, 0).to(tl.int8), col < n_cols)
 
 
 # The rule inside a block
@@ -905,7 +970,8 @@ class Walk(NamedTuple):
     low: int                # the window: low <= query - key <= high
     high: int
     n_sinks: int
-    is_window: bool         # the rule is that window and those sinks, and nothing else
+    is_window: bool         # inside blocks the rule is that window and those sinks, nothing else
+    from_terms: bool        # whether the lists come from the terms: no window, no chosen blocks
     steps: bool             # whether some band of the rule has a step, or a grain, other than 1
     grains: bool
     block_q: int
@@ -915,16 +981,23 @@ class Walk(NamedTuple):
 
     @property
     def listed(self) -> bool:
-        return not self.is_window or len(self.grid) > 0
+        return self.from_terms or len(self.grid) > 0
 
-    def lists(self, *, of_keys: bool) -> tuple[Tensor, Tensor, Tensor, int]:
-        """blocks, n_full and n_live of every block of queries (of keys), and lists a KV head."""
+    def lists(
+        self, *, of_keys: bool, fill: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """blocks, n_full and n_live of every block of queries (of keys), and lists a KV head.
+
+        What lies behind the end of a list is `fill`, or anything.
+        """
         n_rows, n_cols = ceil_div(self.n_q, self.block_q), ceil_div(self.n_k, self.block_k)
         n_owners, n_walked = (n_cols, n_rows) if of_keys else (n_rows, n_cols)
         n_lists = max(1, len(self.grid))
         new = self.terms.new_empty
         blocks, n_full = new(n_lists, n_owners, n_walked), new(n_lists, n_owners)
         n_live = torch.empty_like(n_full)
+        if fill is not None:
+            blocks.fill_(fill)
         width = max(16, min(1024, triton.next_power_of_2(n_walked)))
         _list_kernel[(n_lists * n_owners,)](
             self.terms, self.grid, blocks, n_full, n_live,
@@ -942,20 +1015,32 @@ class Walk(NamedTuple):
         constants = {
             "LISTED": self.listed, "SINKS": self.is_window and self.n_sinks > 0,
             "TERMS": 0 if self.is_window else n_terms if n_terms <= MOST_UNROLLED else -1,
-            "STEPS": self.steps and not self.is_window, "GRAINS": self.grains,
+            "STEPS": self.steps and not self.is_window,
+            "GRAINS": self.grains and not self.is_window,
         }  # fmt: skip
         scalars = (list_head, n_terms, self.low, self.high, self.n_sinks)
         return ((blocks, n_full, n_live, self.terms), scalars), constants
 
 
 def _walk(q: Tensor, k: Tensor, grid: Tensor, terms: list[int], block_q: int, block_k: int) -> Walk:
+    n_q, n_k = q.shape[2], k.shape[2]
     window = _as_window(tuple(terms))
+    from_terms = window is None and len(grid) == 0
+    if from_terms and (n_k - n_q) % block_q == 0 and _is_whole(terms, block_q, block_k):
+        window = -FAR, FAR, 0       # only the end of the text makes a block partial
     low, high, n_sinks = window or (0, 0, 0)
     return Walk(
-        _table(tuple(terms), q.device), grid, low, high, n_sinks, window is not None,
+        _table(tuple(terms), q.device), grid, low, high, n_sinks, window is not None, from_terms,
         any(step != 1 for step in terms[3::8]), any(grain != 1 for grain in terms[::8]),
-        block_q, block_k, q.shape[2], k.shape[2],
+        block_q, block_k, n_q, n_k,
     )  # fmt: skip
+
+
+def _is_whole(numbers: list[int], block_q: int, block_k: int) -> bool:
+    """Whether every band holds all of a block of the lists or nothing of it."""
+    bands = [tuple(numbers[i : i + 8]) for i in range(0, len(numbers), 8)]
+    grains = [band[0] for band in bands if band != EVERYTHING]
+    return all(grain % block_q == 0 and grain % block_k == 0 for grain in grains)
 
 
 def _numbers(terms) -> list[int]:
@@ -1007,15 +1092,81 @@ def choose_blocks(terms) -> tuple[int, int]:
 
 def _grid_of(lists: BlockLists) -> Tensor:
     """(n_lists, row_blocks, col_blocks) int8: 0, PARTIAL or FULL."""
+    n_rows, most = lists.blocks.shape[-2:]
     n_cols = ceil_div(lists.n_k, lists.tile_k)
-    blocks = lists.blocks.reshape(-1, *lists.blocks.shape[-2:]).long()
-    full = torch.arange(blocks.shape[-1], device=blocks.device) < lists.n_full.reshape(
-        *blocks.shape[:-1], 1
+    n_lists = lists.blocks[..., 0, 0].numel()
+    grid = torch.zeros(n_lists, n_rows, n_cols, dtype=torch.int8, device=lists.blocks.device)
+    _grid_kernel[(n_lists * n_rows,)](
+        lists.blocks.contiguous(), lists.n_full.contiguous(), lists.n_live.contiguous(), grid,
+        most, n_cols, WIDTH=max(16, min(1024, triton.next_power_of_2(most))), num_warps=1,
+    )  # fmt: skip
+    return grid
+
+
+MOST_COLUMNS = 4096         # of the blocks that `select_blocks` chooses from: a row is one load
+
+
+def select_blocks(
+    q: Tensor, k: Tensor, pattern, *,
+    n_blocks: int, tile_q: int = 128, tile_k: int = 128, always=None,
+) -> BlockLists:
+    """`select.top_blocks` by mean scores, without a loop on the host and without waiting for it.
+
+    Args:
+        q: (batch, n_heads, n_q, d_head). k: (batch, n_kv_heads, n_k, d_head), as for
+            `sparse_attention_triton`, which takes the result.
+        pattern, n_blocks, always: as for `top_blocks`; scores are float32.
+        tile_q, tile_k: 16, 32, 64 or 128.
+
+    Raises:
+        BadInput: a shape or size that the kernels do not take.
+
+    Cost: one pass over q and k, one product of their block means, two small kernels.
+    """
+    _check(q, k, k, None)
+    require(n_blocks > 0, f"n_blocks must be positive; got {n_blocks}")
+    require(
+        {tile_q, tile_k} <= {16, 32, 64, 128},
+        f"the kernels take blocks of 16, 32, 64 or 128; got {tile_q} x {tile_k}",
     )
-    state = full.to(torch.int8) + PARTIAL.value
-    grid = torch.zeros(*blocks.shape[:-1], n_cols + 1, dtype=torch.int8, device=blocks.device)
-    grid.scatter_(-1, blocks.masked_fill(blocks < 0, n_cols), state)    # -1 lands behind
-    return grid[..., :n_cols].contiguous()
+    n_q, n_k, n_lists = q.shape[2], k.shape[2], k.shape[:2].numel()
+    n_rows, n_cols = ceil_div(n_q, tile_q), ceil_div(n_k, tile_k)
+    require(
+        n_cols <= MOST_COLUMNS,
+        f"at most {MOST_COLUMNS} blocks of keys; {n_k} keys in blocks of {tile_k} are {n_cols}",
+    )
+    queries = _block_means(q.detach(), tile_q)
+    queries = queries.unflatten(1, (k.shape[1], q.shape[1] // k.shape[1])).sum(2)
+    scores = queries @ _block_means(k.detach(), tile_k).mT
+    terms = _table(tuple(_numbers(pattern.at(n_k).terms())), q.device)
+    kept = terms if always is None else _table(tuple(_numbers(always.at(n_k).terms())), q.device)
+    grid = torch.empty(n_lists, n_rows, n_cols, dtype=torch.int8, device=q.device)
+    width = max(16, triton.next_power_of_2(n_cols))
+    _select_kernel[(n_lists * n_rows,)](
+        scores, terms, len(terms), kept, len(kept), grid, n_q, n_k, n_rows, n_cols, n_blocks,
+        BLOCK_Q=tile_q, BLOCK_K=tile_k, ALWAYS=always is not None, WIDTH=width,
+        num_warps=max(1, min(8, width // 128)),
+    )  # fmt: skip
+    walk = Walk(
+        terms, grid, 0, 0, 0, False, False, False, False, tile_q, tile_k, n_q, n_k
+    )
+    blocks, n_full, n_live, _ = walk.lists(of_keys=False, fill=-1)
+    shape = (*k.shape[:2], n_rows)
+    return BlockLists(
+        n_q, n_k, tile_q, tile_k,
+        blocks.view(*shape, n_cols), n_full.view(shape), n_live.view(shape),
+    )  # fmt: skip
+
+
+def _block_means(x: Tensor, size: int) -> Tensor:
+    """Of every block of `size` rows, the last one shorter: float32 (.., blocks, d)."""
+    n = x.shape[2]
+    n_whole = n // size
+    means = x[:, :, : n_whole * size].unflatten(2, (n_whole, size)).mean(3, dtype=torch.float32)
+    if n % size:
+        rest = x[:, :, n_whole * size :].mean(2, keepdim=True, dtype=torch.float32)
+        means = torch.cat([means, rest], dim=2)
+    return means
 
 
 def _forward(q, k, v, walk: Walk, scale: float) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from llmopt_lab.core.device import gpu_facts
 from llmopt_lab.core.errors import Missing
 from llmopt_lab.core.memory import tiles
 from llmopt_lab.sparse_attention.block_lists import cover
-from llmopt_lab.sparse_attention.patterns import AnyOf, Causal, Pattern, Sinks, SlidingWindow
+from llmopt_lab.sparse_attention.patterns import AnyOf, Causal, Full, Pattern, Sinks, SlidingWindow
 from llmopt_lab.sparse_attention.records import BlockLists
 
 Call = Callable[[], Tensor | tuple[Tensor, ...]]
@@ -93,17 +93,25 @@ def ours_in_triton(q, k, v, pattern, lists=None) -> Call:
 
 
 def flex(q, k, v, pattern, lists=None) -> Call:
-    compiled, mask = _compiled_flex(), block_mask(q, k, pattern, lists)
+    compiled, mask = _compiled_flex(q, k, pattern, lists)
     return lambda: compiled(q, k, v, block_mask=mask)
 
 
-def _compiled_flex():
+_latest: dict = {}  # the compiled function and the mask of the latest row, for all its input sets
+
+
+def _compiled_flex(q: Tensor, k: Tensor, pattern: Pattern, lists: BlockLists | None):
     from torch.nn.attention.flex_attention import flex_attention
 
     if gpu_facts() is None:
         raise Missing("flex_attention is only compiled for a GPU here")
-    torch.compiler.reset()  # or the ninth size is past its limit and runs uncompiled
-    return torch.compile(flex_attention, dynamic=False)
+    row = (pattern, id(lists), q.shape, k.shape)
+    if row not in _latest:
+        _latest.clear()
+        torch.compiler.reset()  # or the ninth size is past its limit and runs uncompiled
+        compiled = torch.compile(flex_attention, dynamic=False)
+        _latest[row] = compiled, block_mask(q, k, pattern, lists)
+    return _latest[row]
 
 
 def block_mask(q: Tensor, k: Tensor, pattern: Pattern, lists: BlockLists | None = None):
@@ -126,6 +134,8 @@ def mask_rule(pattern: Pattern, n_k: int, device: str) -> Callable:
     of many bands as a look-up in the mask of their blocks.
     """
     match pattern:
+        case Full():
+            return lambda b, h, i, j: j >= 0
         case Causal():
             return lambda b, h, i, j: j <= i
         case SlidingWindow(width, True):
@@ -197,8 +207,8 @@ def _local(pattern: Pattern, lists: BlockLists | None) -> tuple[int, int]:
 def dense_mask(q, k, v, pattern, lists=None) -> Call:
     """SDPA with the mask as a tensor: every block is computed."""
     rows = slice(0, q.shape[2])
-    if q.shape[2] * k.shape[2] > 1 << 30:
-        raise Missing("the mask alone would take more than 1 GiB")
+    if q.shape[2] * k.shape[2] > 1 << 29:
+        raise Missing("the mask alone would take more than half a GiB")
     mask = masked_rows(pattern, lists, q.shape[2], k.shape[2], rows, q.device)
 
     def call() -> Tensor:
@@ -220,7 +230,7 @@ def ours_backward(q, k, v, d_out, pattern, lists=None) -> Call:
 
 
 def flex_backward(q, k, v, d_out, pattern, lists=None) -> Call:
-    compiled, mask = _compiled_flex(), block_mask(q, k, pattern, lists)
+    compiled, mask = _compiled_flex(q, k, pattern, lists)
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
     out = compiled(*inputs, block_mask=mask)
     return lambda: torch.autograd.grad(out, inputs, d_out, retain_graph=True)
