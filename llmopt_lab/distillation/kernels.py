@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)   # exp(x) == exp2(x * LOG2_E), exp2 is one instruction
-CHUNK_BYTES = 512 << 20                     # of the buffers that hold a chunk's logits, at most
+WIDTH = 8                                   # tokens of a lane: 16 bytes in half precision
+CHUNK_BYTES = 256 << 20                     # of the buffers that hold a chunk's logits, at most
 FEWEST_ROWS = 256                           # of a chunk: below, the products lose their speed
 
 
@@ -36,63 +37,77 @@ def jit(fn):
 
 
 @jit
-def _load_logits(row_ptr, first, n_vocab, scale_log2, TILE: tl.constexpr):
-    """One tile of a row, times log2(e) / T: -inf past its end."""
-    token = first + tl.arange(0, TILE)                                  # (TILE,)
+def _load_logits(row_ptr, token, n_vocab, scale_log2):
+    """The logits of some tokens of a row, times log2(e) / T: -inf past its end."""
     z = tl.load(row_ptr + token, token < n_vocab, other=-float("inf"))
     return z.to(tl.float32) * scale_log2
 
 
 @jit
 def _absorb(m, total, z):
-    """Fold a tile of logits into the running maximum and sum of exp2(z - m) of its row."""
-    m_new = tl.maximum(m, tl.max(z, axis=0))
+    """Fold (LANES, WIDTH) logits into each lane's running maximum and sum of exp2(z - m)."""
+    m_new = tl.maximum(m, tl.max(z, axis=1))                            # (LANES,)
     base = tl.where(m_new == -float("inf"), 0.0, m_new)     # nothing yet: -inf - -inf would be NaN
-    return m_new, total * tl.exp2(m - base) + tl.sum(tl.exp2(z - base), axis=0)
+    p = tl.exp2(z - base[:, None])                                      # (LANES, WIDTH)
+    return m_new, total * tl.exp2(m - base) + tl.sum(p, axis=1)
+
+
+@jit
+def _lse(m, total):
+    """log2 of the sum of exp2 of a whole row, from what each lane has."""
+    m_row = tl.max(m, axis=0)
+    return m_row + tl.log2(tl.sum(total * tl.exp2(m - m_row), axis=0))
 
 
 @jit
 def _kl_rows_kernel(
-    student_ptr,                    # (n_rows, n_vocab) logits; becomes T times their gradient
+    student_ptr,                    # (n_rows, n_vocab) logits; becomes the difference q - p
     teacher_ptr,                    # (n_rows, n_vocab) logits
     mask_ptr,                       # (n_rows,) bool, where MASKED
     loss_ptr,                       # (n_rows,) float32
     student_row, teacher_row,       # strides in elements; a row is contiguous
     n_vocab, scale_log2,            # scale_log2 = log2(e) / T
-    MASKED: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    MASKED: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
 ):
-    """One program: KL(teacher || student) of one row, and softmax(student) - softmax(teacher)."""
+    """One program: KL(teacher || student) of one row, and softmax(student) - softmax(teacher).
+
+    A tile is LANES x WIDTH tokens, and a thread holds whole lanes: maxima and sums stay within
+    lanes until the row is through, so no thread waits for another on the way.
+    """
+    LANES: tl.constexpr = TILE // WIDTH
     row = tl.program_id(0).to(tl.int64)
     student_ptr += row * student_row
     teacher_ptr += row * teacher_row
+    place = tl.arange(0, LANES)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]     # (LANES, WIDTH)
     if MASKED:  # noqa: SIM102  the compiler decides this one, and the mask the next
         if tl.load(mask_ptr + row) == 0:        # whatever the logits are
             for first in range(0, n_vocab, TILE):
-                token = first + tl.arange(0, TILE)
-                zero = tl.zeros((TILE,), student_ptr.dtype.element_ty)
+                token = first + place
+                zero = tl.zeros((LANES, WIDTH), student_ptr.dtype.element_ty)
                 tl.store(student_ptr + token, zero, token < n_vocab)
             tl.store(loss_ptr + row, 0.0)
             return
     n_tiles = tl.cdiv(n_vocab, TILE)
 
-    m_s, total_s, m_t, total_t = -float("inf"), 0.0, -float("inf"), 0.0
+    m_s = tl.full((LANES,), -float("inf"), tl.float32)
+    m_t, total_s, total_t = m_s, tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
     for tile in tl.range(0, n_tiles, num_stages=STAGES):
-        z_s = _load_logits(student_ptr, tile * TILE, n_vocab, scale_log2, TILE)     # (TILE,)
-        z_t = _load_logits(teacher_ptr, tile * TILE, n_vocab, scale_log2, TILE)
+        token = tile * TILE + place
+        z_s = _load_logits(student_ptr, token, n_vocab, scale_log2)     # (LANES, WIDTH)
+        z_t = _load_logits(teacher_ptr, token, n_vocab, scale_log2)
         m_s, total_s = _absorb(m_s, total_s, z_s)
         m_t, total_t = _absorb(m_t, total_t, z_t)
-    lse_s, lse_t = m_s + tl.log2(total_s), m_t + tl.log2(total_t)
+    lse_s, lse_t = _lse(m_s, total_s), _lse(m_t, total_t)
 
-    loss = 0.0
+    loss = tl.zeros((LANES,), tl.float32)
     for step in tl.range(0, n_tiles, num_stages=STAGES):
-        first = (n_tiles - 1 - step) * TILE
-        log_q = _load_logits(student_ptr, first, n_vocab, scale_log2, TILE) - lse_s     # (TILE,)
-        log_p = _load_logits(teacher_ptr, first, n_vocab, scale_log2, TILE) - lse_t
+        token = (n_tiles - 1 - step) * TILE + place
+        log_q = _load_logits(student_ptr, token, n_vocab, scale_log2) - lse_s   # (LANES, WIDTH)
+        log_p = _load_logits(teacher_ptr, token, n_vocab, scale_log2) - lse_t
         q, p = tl.exp2(log_q), tl.exp2(log_p)
-        loss += tl.sum(tl.where(p > 0, p * (log_p - log_q), 0.0), axis=0)
-        token = first + tl.arange(0, TILE)
+        loss += tl.sum(tl.where(p > 0, p * (log_p - log_q), 0.0), axis=1)
         tl.store(student_ptr + token, (q - p).to(student_ptr.dtype.element_ty), token < n_vocab)
-    tl.store(loss_ptr + row, loss / LOG2_E)
+    tl.store(loss_ptr + row, tl.sum(loss, axis=0) / LOG2_E)
 
 
 class Tiles(NamedTuple):
@@ -134,7 +149,7 @@ def kl_rows(
     _kl_rows_kernel[(len(student),)](
         student, teacher, student if mask is None else mask, loss,
         student.stride(0), teacher.stride(0), student.shape[1], LOG2_E.value / temperature,
-        MASKED=mask is not None, TILE=tile, STAGES=n_stages, num_warps=n_warps,
+        MASKED=mask is not None, TILE=tile, WIDTH=WIDTH, STAGES=n_stages, num_warps=n_warps,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ hidden states and output layer. All minimise T^2 * mean KL(teacher || student).
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +83,8 @@ def liger(hidden, weight, teacher, teacher_weight, temperature, *, softened: boo
     def loss_of(h: Tensor, w: Tensor) -> Tensor:
         p = probabilities() if target is None else target
         loss = LigerFusedLinearKLDivFunction.apply(h, w, p, None, "batchmean", -100, temperature)
-        return loss * temperature**2
+        # its backward scales the gradients only if it must
+        return loss if temperature == 1 else loss * temperature**2
 
     return _loss_and_gradients(loss_of, hidden, weight)
 
@@ -92,16 +93,22 @@ def materialised(hidden, weight, teacher, teacher_weight, temperature, *, compil
     """All logits in memory, the softmax in float32, as a training loop writes it."""
     if compiled and gpu_facts() is None:
         raise Missing("torch.compile is only timed on a GPU here")
-
-    def loss_of(h: Tensor, w: Tensor) -> Tensor:
-        target = teacher if teacher_weight is None else F.linear(teacher, teacher_weight)
-        p = torch.softmax(target.float() / temperature, dim=-1)
-        log_q = torch.log_softmax(F.linear(h, w).float() / temperature, dim=-1)
-        return temperature**2 * F.kl_div(log_q, p, reduction="batchmean")
-
+    loss = _compiled() if compiled else materialised_loss
     return _loss_and_gradients(
-        torch.compile(loss_of, dynamic=False) if compiled else loss_of, hidden, weight
+        lambda h, w: loss(h, w, teacher, teacher_weight, temperature), hidden, weight
     )
+
+
+def materialised_loss(h, w, teacher, teacher_weight, temperature) -> Tensor:
+    target = teacher if teacher_weight is None else F.linear(teacher, teacher_weight)
+    p = torch.softmax(target.float() / temperature, dim=-1)
+    log_q = torch.log_softmax(F.linear(h, w).float() / temperature, dim=-1)
+    return temperature**2 * F.kl_div(log_q, p, reduction="batchmean")
+
+
+@cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(materialised_loss, dynamic=False)
 
 
 CONTENDERS = (

@@ -11,15 +11,21 @@ import json
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from llmopt_lab.core.device import hardware_facts, pick_device, software_facts
 from llmopt_lab.core.errors import require
 from llmopt_lab.distillation.evaluate import own_text, prompts_of, retained
-from llmopt_lab.distillation.initialise import fresh, keep_layers, thawed
+from llmopt_lab.distillation.initialise import (
+    fresh,
+    keep_layers,
+    neuron_importance,
+    prune_neurons,
+    thawed,
+)
 from llmopt_lab.distillation.reference import as_teacher
 from llmopt_lab.distillation.training import Method, train
 from llmopt_lab.nn.config import ModelConfig
@@ -37,31 +43,37 @@ COMMON = dict(batch=64, context=1024, reports=40)
 class Student:
     """How a student begins, and the recipe of its training."""
 
-    begin: Callable[[Transformer], Transformer]  # from the teacher
+    begin: Callable[[Transformer, Tensor], Transformer]  # from the teacher and some tokens
     recipe: Recipe
     begins_as: str
 
 
-def _draft(teacher: Transformer) -> Transformer:
-    return thawed(load("lab-draft", device=teacher.device).model)
+def _pruned(teacher: Transformer, tokens: Tensor) -> Transformer:
+    return prune_neurons(teacher, neuron_importance(teacher, tokens.split(4)), D_FF)
 
 
 SMALL_CONFIG = ModelConfig(**FAMILY, **SMALL, d_ff=320)
 LAYERS = (0, 2, 5)
+D_FF = 176  # of 704: as many parameters as with three of the six layers
 STUDENTS = {
     "lab-student": Student(
-        partial(keep_layers, layers=LAYERS),
+        lambda teacher, _: keep_layers(teacher, LAYERS),
         Recipe(SMALL_CONFIG, steps=600, matrix_lr=0.01, other_lr=1.5e-3, **COMMON),
         f"layers {', '.join(map(str, LAYERS))} of {TEACHER}",
     ),
+    "lab-pruned": Student(
+        _pruned,
+        Recipe(SMALL_CONFIG, steps=600, matrix_lr=0.01, other_lr=1.5e-3, **COMMON),
+        f"the {D_FF} most active feed-forward neurons of each layer of {TEACHER}",
+    ),
     "lab-student-small": Student(
-        lambda teacher: fresh(SMALL_CONFIG, seed=0).to(teacher.device),
+        lambda teacher, _: fresh(SMALL_CONFIG, seed=0).to(teacher.device),
         Recipe(SMALL_CONFIG, steps=720, **COMMON),
         FRESH,
     ),
     "lab-draft": Student(
-        _draft,
-        Recipe(SMALL_CONFIG, steps=800, matrix_lr=0.006, other_lr=9e-4, **COMMON),
+        lambda teacher, _: thawed(load("lab-draft", device=teacher.device).model),
+        Recipe(SMALL_CONFIG, steps=800, matrix_lr=0.002, other_lr=3e-4, **COMMON),
         "lab-draft as it ships",
     ),
 }
@@ -70,6 +82,13 @@ METHODS = {
     "distilled": Method(soft_weight=0.7),
     "on_policy": Method(soft_weight=0.7, on_policy=0.5, begin=0.6, n_prompt=32, n_new=96),
 }
+VARIANTS = {  # beside the three: what temperature, mixing and divergence change
+    "soft_alone": Method(soft_weight=1.0),
+    "warm": Method(soft_weight=0.7, temperature=2.0),
+    "soft_warm": Method(soft_weight=1.0, temperature=2.0),
+    "jsd": Method(soft_weight=1.0, divergence="jsd"),
+    "total_variation": Method(soft_weight=1.0, divergence="total_variation"),
+}
 
 
 def run(name: str, method: Method, recipe: Recipe, corpus: Path, out: Path, *, progress: bool):
@@ -77,13 +96,13 @@ def run(name: str, method: Method, recipe: Recipe, corpus: Path, out: Path, *, p
     device = pick_device()
     out.mkdir(parents=True, exist_ok=True)
     teacher = as_teacher(load(TEACHER, device=device).model)
-    student = STUDENTS[name].begin(teacher).requires_grad_()
-    recipe = replace(recipe, config=student.config)
     sizes = json.loads((corpus / "corpus.json").read_text())
     held_out = HeldOut(
         read_tokens(corpus / "heldout.tokens.xz"), tuple(sizes["heldout_document_bytes"])
     )
     batches = Batches(read_tokens(corpus / "train.tokens.xz"), recipe, device)
+    student = STUDENTS[name].begin(teacher, batches.at(0)[:16, :-1]).requires_grad_()
+    recipe = replace(recipe, config=student.config)
     sample = held_out.sample(16)
     before = None
     if STUDENTS[name].begins_as != FRESH:
@@ -136,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line; see the top of this file."""
     parser = argparse.ArgumentParser(prog="python -m llmopt_lab.distillation.students")
     parser.add_argument("student", choices=STUDENTS)
-    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("method", choices=METHODS | VARIANTS)
     parser.add_argument("--corpus", type=Path, default=Path(".lab/corpus"), help="its folder")
     parser.add_argument("--out", type=Path, help="folder to write to")
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
@@ -153,7 +172,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     out = given.out or Path(".lab/students") / f"{given.student}-{given.method}"
     result = run(
-        given.student, METHODS[given.method], recipe, given.corpus, out, progress=not given.quiet
+        given.student,
+        (METHODS | VARIANTS)[given.method],
+        recipe,
+        given.corpus,
+        out,
+        progress=not given.quiet,
     )
     text = result["held_out"]["text"]
     print(
