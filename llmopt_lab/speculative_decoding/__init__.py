@@ -4,6 +4,7 @@ Sources
     Leviathan et al. 2023, https://arxiv.org/abs/2211.17192 (Algorithm 1; this room follows it)
     Chen et al. 2023, https://arxiv.org/abs/2302.01318
     Miao et al. 2023, SpecInfer, https://arxiv.org/abs/2305.09781 (trees)
+    Li et al. 2024, EAGLE, https://arxiv.org/abs/2401.15077 (draft heads)
 
 Symbols (beware: code on the web swaps p and q)
     paper       here            meaning

@@ -25,7 +25,7 @@ LOG2_E = 1.4426950408889634     # exp(x) == exp2(x * LOG2_E), and exp2 is one in
 MIN_DOT_ROWS = 16               # tl.dot wants at least 16 rows: smaller tiles are padded
 MAX_NEW = 64                    # new tokens of a sequence: a tree's mask is one 64-bit word a token
 MAX_SPLITS = 128
-MAX_SPAN = 1024                 # tokens
+MAX_SPAN = 4096                 # tokens
 
 
 def jit(fn):
@@ -263,21 +263,36 @@ class Plan(NamedTuple):
 
 def choose_plan(n_programs: int, n_rows: int, capacity: int, dtype: torch.dtype) -> Plan:
     """The plan for `n_programs` (sequence, KV head) pairs with `n_rows` query rows each."""
-    # exact float32 products run without tensor cores: more rows or fewer warps spill registers
-    most = MIN_DOT_ROWS if dtype == torch.float32 else 64
-    rows = min(max(MIN_DOT_ROWS, triton.next_power_of_2(n_rows)), most)
-    tile, n_warps = (32, 8) if dtype == torch.float32 else (64, 4)
-    span = choose_span(n_programs * ceil_div(n_rows, rows), capacity, tile)
-    return Plan(rows, tile, n_warps, 2, span)
-
-
-def choose_span(n_programs: int, capacity: int, tile: int) -> int:
-    """Tokens a split, a multiple of `tile`: so short that every multiprocessor has its three
-    programs, and at most MAX_SPAN, so that one long sequence does not keep the GPU waiting."""
     gpu = gpu_facts()
-    n_sms = gpu.n_sms if gpu else 4     # the interpreter walks programs one by one: keep it short
-    wanted = max(1, 3 * n_sms // max(n_programs, 1))
-    span = min(ceil_div(capacity, wanted), MAX_SPAN)
+    # exact float32 products run without tensor cores: more rows or fewer warps spill registers
+    exact = dtype == torch.float32
+    rows = min(
+        max(MIN_DOT_ROWS, triton.next_power_of_2(n_rows)), MIN_DOT_ROWS if exact else 64
+    )
+    tile, n_warps = (32, 8) if exact else (64, 4)
+    hopper = gpu is not None and torch.version.hip is None and gpu.capability >= (9, 0)
+    # programs that a multiprocessor holds at once: their registers decide
+    per_sm = 3 if exact else {16: 4, 32: 3, 64: 2}[rows]
+    span = choose_span(n_programs * ceil_div(n_rows, rows), capacity, tile, per_sm)
+    return Plan(rows, tile, n_warps, 3 if hopper and not exact else 2, span)
+
+
+def choose_span(n_programs: int, capacity: int, tile: int, per_sm: int) -> int:
+    """Tokens a split, a multiple of `tile`: so that the programs fill one, two or three waves of
+    the GPU, the fewest that are nearly full.
+
+    At most MAX_SPAN, so that one long sequence does not keep the GPU waiting.
+    """
+    gpu = gpu_facts()
+    # the interpreter walks programs one by one: keep it short
+    slots = per_sm * (gpu.n_sms if gpu else 4)
+    n_splits, best = 1, 0.0
+    for waves in (1, 2, 3):
+        n = waves * slots // max(n_programs, 1)
+        full = n * n_programs / (waves * slots)
+        if full > best + 0.1:
+            n_splits, best = n, full
+    span = min(ceil_div(capacity, n_splits), MAX_SPAN)
     span = max(span, ceil_div(capacity, MAX_SPLITS), 1)
     return ceil_div(span, tile) * tile
 
@@ -380,9 +395,9 @@ def _judge_kernel(
 
     Every chunk's program judges anew: K numbers from the cache cost less than another kernel.
     """
-    chunk = tl.program_id(0)
-    seq = tl.program_id(1).to(tl.int64)
-    n_rows = tl.num_programs(1) * (K + 1)
+    seq = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    n_rows = tl.num_programs(0) * (K + 1)
     if PDL:
         gdc_wait()                  # until every chunk's softmax is stored
         gdc_launch_dependents()
@@ -417,7 +432,7 @@ def _judge_kernel(
         tl.store(chance_ptr + seq * K + i, chance, judged)
         tl.store(kept_ptr + seq, n_kept)
         tl.store(lse_ptr + seq, here_p)
-        tl.store(lse_ptr + tl.num_programs(1) + seq, here_q)
+        tl.store(lse_ptr + tl.num_programs(0) + seq, here_q)
 
 
 @jit
@@ -527,7 +542,7 @@ def rejection_sample(
         "CHUNK": chunk, "PDL": pdl, "num_warps": n_warps, **launch_pdl,
     }  # fmt: skip
     numbers = (*strides, guesses.stride(0), n_vocab, n_chunks, rng_seed, scale_log2)
-    _judge_kernel[(n_chunks, batch)](
+    _judge_kernel[(batch, n_chunks)](
         p_logits, q_logits, guesses, parts[0], parts[1], chances, n_kept, lse, mass,
         *numbers, **sizes,
     )  # fmt: skip
@@ -539,9 +554,9 @@ def rejection_sample(
 
 
 def choose_chunk(n_vocab: int) -> tuple[int, int]:
-    """Tokens of the vocabulary a program, and its warps: some 30 chunks, 32 logits a thread."""
+    """Tokens of the vocabulary a program, and its warps: some 30 chunks, 16 logits a thread."""
     chunk = min(max(triton.next_power_of_2(ceil_div(n_vocab, 32)), 16), 4096)
-    return chunk, max(1, min(4, chunk // 1024))
+    return chunk, max(1, chunk // 512)
 
 
 # Checks

@@ -3,6 +3,7 @@
     python -m llmopt_lab.speculative_decoding.measure        # on a quiet machine: minutes
 
 Writes results/cpu.json. Greedy, one thread; every text is checked against plain decoding.
+`kept_share` counts what drafts get accepted, in chains and trees, greedy and sampled: no clock.
 """
 
 import argparse
@@ -26,10 +27,12 @@ from llmopt_lab.nn.model_card import cpu_name
 from llmopt_lab.nn.transformer import Transformer
 from llmopt_lab.nn.weights import LanguageModel, load
 from llmopt_lab.speculative_decoding.drafts import PromptLookup, skip_layers
+from llmopt_lab.speculative_decoding.head import DraftHead, HeadDraft, load_head
 from llmopt_lab.speculative_decoding.reader import Reader
 from llmopt_lab.speculative_decoding.records import Added, Guessed, Judged, Read
 from llmopt_lab.speculative_decoding.reference import Draft, speculative_decode
 from llmopt_lab.speculative_decoding.speed import expected_tokens, speedup
+from llmopt_lab.speculative_decoding.tree import speculative_decode_tree
 
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
 N_NEW, REPEATS, K = 96, 5, range(1, 9)
@@ -61,9 +64,58 @@ def median_seconds(call: Callable[[], Tensor], want: Tensor | None = None) -> fl
     return median(times[1:])
 
 
-def pass_seconds(model: Transformer, prompt: Tensor, n: int) -> float:
+def decode_with(
+    target: Transformer, draft: Transformer | Draft | DraftHead, prompt: Tensor, *,
+    n_new: int, k: int = 0, widths: tuple[int, ...] = (), **settings,
+) -> Tensor:  # fmt: skip
+    """A chain of k guesses a round, or a tree of `widths`, with any kind of draft."""
+    reader = Reader(target, max_tokens=len(prompt) + n_new, n_nodes=64 if widths else 0)
+    draft = HeadDraft(draft, reader) if isinstance(draft, DraftHead) else draft
+    if widths:
+        return speculative_decode_tree(
+            reader, draft, prompt, widths=widths, n_new=n_new, **settings
+        )
+    return speculative_decode(reader, draft, prompt, k=k, n_new=n_new, **settings)
+
+
+def kept_share(
+    target: LanguageModel, draft: Transformer | Draft | DraftHead, *,
+    n_prompts: int = 8, n_new: int = 96, temperature: float = 0.0, **how,
+) -> dict[str, float]:  # fmt: skip
+    """What of a draft's guesses is kept, on the beginnings of held-out files.
+
+    Args:
+        temperature: 0 is greedy.
+        how: k=4 for chains, widths=(2, 2, 1) for trees, and other settings of the decoding.
+
+    Returns:
+        "alpha", the share of the judged guesses that was kept; "tokens_per_target_call", of the
+        passes that judge, the one over the prompt included where it does.
+    """
+    judged = kept = rounds = 0
+    for i, code in enumerate(sorted(held_out_documents().values())[:n_prompts]):
+        prompt = target.encode(code)[:128]
+        rng = torch.Generator().manual_seed(i)
+        with recording(Added, Judged) as trace:
+            decode_with(
+                target.model, draft, prompt, n_new=n_new, temperature=temperature, rng=rng, **how
+            )
+        judged += len(trace.of(Judged))
+        kept += sum(what.accepted for what in trace.of(Judged))
+        rounds += len(trace.of(Added))
+    return {
+        "alpha": kept / max(1, judged),
+        "tokens_per_target_call": n_prompts * n_new / rounds,
+    }
+
+
+def pass_seconds(model: Transformer | DraftHead, target: Transformer, prompt: Tensor, n: int):
     """One pass of `n` tokens after the prompt."""
-    reader = Reader(model, max_tokens=len(prompt) + n)
+    reader = Reader(target, max_tokens=len(prompt) + n)
+    if isinstance(model, DraftHead):
+        reader = HeadDraft(model, reader)
+    elif model is not target:
+        reader = Reader(model, max_tokens=len(prompt) + n)
     reader.read(prompt.tolist(), n_last=1)
 
     def call() -> Tensor:
@@ -74,22 +126,24 @@ def pass_seconds(model: Transformer, prompt: Tensor, n: int) -> float:
     return min(median_seconds(call) for _ in range(3))
 
 
-def measure(target: LanguageModel, name: str, draft: Transformer | Draft, prompt: Tensor) -> dict:
+def measure(
+    target: LanguageModel, name: str, draft: Transformer | Draft | DraftHead, prompt: Tensor
+) -> dict:
     """One draft on one prompt at every k."""
     plain = generate(target.model, prompt, N_NEW)
     plain_s = median_seconds(lambda: generate(target.model, prompt, N_NEW))
-    one = pass_seconds(target.model, prompt, 1)
-    is_model = isinstance(draft, Transformer)
-    c = pass_seconds(draft, prompt, 1) / one if is_model else 0.0
+    one = pass_seconds(target.model, target.model, prompt, 1)
+    is_model = isinstance(draft, Transformer | DraftHead)
+    c = pass_seconds(draft, target.model, prompt, 1) / one if is_model else 0.0
     rows = []
     for k in K:
-        decode = partial(speculative_decode, target.model, draft, prompt, k=k, n_new=N_NEW)
+        decode = partial(decode_with, target.model, draft, prompt, k=k, n_new=N_NEW)
         seconds = median_seconds(decode, plain)
         with recording(Added, Judged, Guessed, Read) as trace:
             decode()
         judged, rounds = trace.of(Judged), len(trace.of(Added))
         alpha = sum(what.accepted for what in judged) / max(1, len(judged))
-        verify = pass_seconds(target.model, prompt, k + 1) / one
+        verify = pass_seconds(target.model, target.model, prompt, k + 1) / one
         rows.append(
             {
                 "k": k,
@@ -123,6 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
     target, draft = load("lab-target", device="cpu"), load("lab-draft", device="cpu")
     drafts = {
         "lab-draft": draft.model,
+        "draft head": load_head(),
         "prompt lookup": PromptLookup(target.config.n_vocab),
         "layers 0 and 5 of lab-target": skip_layers(target.model, [0, 5]),
     }

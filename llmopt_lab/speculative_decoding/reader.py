@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmopt_lab.core.errors import require
 from llmopt_lab.core.trace import record
 from llmopt_lab.nn.generate import KVCache
-from llmopt_lab.nn.transformer import Transformer, rope_tables
+from llmopt_lab.nn.transformer import rope_tables
 from llmopt_lab.speculative_decoding.records import ROOT, Read, Rewound
 
 
@@ -36,16 +36,20 @@ class Reader:
         reader.rewind(10)                           # as if it had read 10 tokens only
 
     Args:
+        model: a Transformer.
         max_tokens: that the text may have, with guesses; KV for them is allocated at once.
         n_nodes: that a tree may have besides.
         name: stands in the records.
+
+    `features`, (max_tokens + n_nodes, d_model), has what the last layer gave for each cached
+    token, before the final norm: what a draft head reads.
 
     Raises:
         BadInput: at a call, no tokens, tokens out of range, or more than `max_tokens`.
     """
 
     def __init__(
-        self, model: Transformer, *, max_tokens: int, n_nodes: int = 0, name: str = "target"
+        self, model: nn.Module, *, max_tokens: int, n_nodes: int = 0, name: str = "target"
     ):
         config = model.config
         require(
@@ -53,10 +57,10 @@ class Reader:
             f"the model knows {config.max_positions} positions; got max_tokens {max_tokens}",
         )
         self.model, self.name, self.n_vocab = model, name, config.n_vocab
-        self.cache = TreeCache(
-            config, max_tokens=max_tokens + n_nodes, dtype=model.dtype, device=model.device
-        )
-        self.hidden: Tensor | None = None  # (n, d_model), of the last pass, before the final norm
+        self.max_tokens, self.n_nodes = max_tokens, n_nodes
+        where = {"dtype": model.dtype, "device": model.device}
+        self.cache = TreeCache(config, max_tokens=max_tokens + n_nodes, **where)
+        self.features = torch.zeros(max_tokens + n_nodes, config.d_model, **where)
         self.parents: list[int] = []  # of the tokens read as a tree since `length`
 
     @property
@@ -86,6 +90,10 @@ class Reader:
             all(ROOT <= parent < node for node, parent in enumerate(ancestors)),
             f"a parent must be a node before its child, or {ROOT}; got {ancestors}",
         )
+        require(
+            all(0 <= token < self.n_vocab for token in tokens),
+            f"tokens must lie in [0, {self.n_vocab}); got {list(tokens)}",
+        )
         first = self.length
         root = first + n_text
         mask, depths = tree_mask(ancestors)
@@ -95,7 +103,8 @@ class Reader:
             self.cache.mask = torch.cat((text, nodes), dim=1).to(self.model.device)
         try:
             positions = [*range(first, root), *(root + depth for depth in depths[n_before:])]
-            logits = self._pass(tokens, positions, n_last)
+            before = [*range(first - 1, root - 1), *(root + parent for parent in parents)]
+            logits = self._pass(tokens, positions, before, n_last)
         finally:
             self.cache.mask = None
         self.parents = ancestors
@@ -105,7 +114,9 @@ class Reader:
     def keep(self, path: Sequence[int]) -> None:
         """Make the nodes of `path`, from the root down, part of the text; forget the others."""
         length, n_nodes = self.length, len(self.parents)
-        self.cache.keep([length + node for node in path], length)
+        slots = [length + node for node in path]
+        self.cache.keep(slots, length)
+        self.features[length : length + len(path)] = self.features[slots]
         self.parents = []
         record(Rewound(self.name, self.length, n_nodes - len(path)))
 
@@ -118,16 +129,15 @@ class Reader:
             record(Rewound(self.name, self.cache.length, dropped))
 
     @torch.no_grad()
-    def _pass(self, tokens: Sequence[int], positions: Sequence[int], n_last: int) -> Tensor:
-        model = self.model
-        require(
-            all(0 <= token < self.n_vocab for token in tokens),
-            f"tokens must lie in [0, {self.n_vocab}); got {list(tokens)}",
-        )
+    def _pass(
+        self, tokens: Sequence[int], positions: Sequence[int], before: Sequence[int], n_last: int
+    ) -> Tensor:
+        """before: the slot of the token before each; -1 has none."""
+        model, slot = self.model, self.cache.length
         at = torch.tensor([list(positions)], device=model.device)
         x = torch.tensor([list(tokens)], device=model.device)
         hidden = model.hidden(x, *rope_tables(model.config, at, model.dtype), self.cache)
-        self.hidden = hidden[0]
+        self.features[slot : slot + len(tokens)] = hidden[0]
         return model.logits(hidden[:, -n_last:])[0]
 
 
