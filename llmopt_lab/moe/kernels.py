@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from llmopt_lab.core.device import gpu_facts, interpreting, prepare_triton
 from llmopt_lab.core.errors import require
@@ -31,6 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 MAX_EXPERTS = 256
 MAX_K = 16
+MIN_ROWS = 16           # of a row tile
 DECODE_TOKENS = 64      # up to here no tile is worth 128 rows
 GROUP = tl.constexpr(8)     # row tiles that share the weights of a column tile while in L2
 
@@ -558,10 +558,9 @@ def moe_layer_triton(
     the grouped product; Guo et al. 2025 (SonicMoE), for the weights' gradient without a stored
     output of the experts.
     """
-    _check(x, router, w_gate_up, w_down, k)
     tensors = (x, router, w_gate_up, w_down)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return _Layer.apply(*tensors, k, save)
+    return _moe_layer(*tensors, k, save)[0]
 
 
 def layer_in_triton(
@@ -575,26 +574,63 @@ def layer_in_triton(
     return _forward(x, w_gate_up, w_down, routed, sizes, False, on_hopper=False)[0]
 
 
-class _Layer(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, router, w_gate_up, w_down, k, save):
-        x, router = x.contiguous(), router.contiguous()
-        sizes = Sizes(*x.shape, router.shape[1], w_down.shape[1], k)
-        routed = _route(x, router, sizes, save)
-        out, gate_up = _forward(x, w_gate_up, w_down, routed, sizes, save)
-        if save:
-            ctx.sizes = sizes
-            ctx.save_for_backward(x, router, w_gate_up, w_down, gate_up, *routed)
-        return out
+@torch.library.custom_op("llmopt_lab::moe_layer", mutates_args=())
+def _moe_layer(
+    x: Tensor, router: Tensor, w_gate_up: Tensor, w_down: Tensor, k: int, save: bool
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:
+    """The result, and what a backward pass needs: gate_up if `save`, and `Routed`."""
+    return _layer(x, router, w_gate_up, w_down, k, save)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out):
-        x, router, w_gate_up, w_down, gate_up, *routed = ctx.saved_tensors
-        grads = _backward(
-            d_out.contiguous(), x, router, w_gate_up, w_down, gate_up, Routed(*routed), ctx.sizes
-        )
-        return *grads, None, None
+
+def _layer(x, router, w_gate_up, w_down, k: int, save: bool) -> tuple[Tensor, ...]:
+    _check(x, router, w_gate_up, w_down, k)
+    x, router = x.contiguous(), router.contiguous()
+    sizes = Sizes(*x.shape, router.shape[1], w_down.shape[1], k)
+    routed = _route(x, router, sizes, save)
+    return *_forward(x, w_gate_up, w_down, routed, sizes, save), *routed
+
+
+@_moe_layer.register_fake
+def _(x, router, w_gate_up, w_down, k, save):
+    sizes = Sizes(*x.shape, router.shape[1], w_down.shape[1], k)
+    gate_up = x.new_empty(sizes.n_visits if save else 0, 2 * sizes.d_ff)
+    return x.new_empty(x.shape), gate_up, *_empty_routed(x, sizes, save)
+
+
+@torch.library.custom_op("llmopt_lab::moe_layer_backward", mutates_args=())
+def _moe_layer_backward(
+    d_out: Tensor, x: Tensor, router: Tensor, w_gate_up: Tensor, w_down: Tensor, gate_up: Tensor,
+    routed: list[Tensor], k: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _layer_backward(d_out, x, router, w_gate_up, w_down, gate_up, routed, k)
+
+
+def _layer_backward(d_out, x, router, w_gate_up, w_down, gate_up, routed, k: int):
+    sizes = Sizes(*x.shape, router.shape[1], w_down.shape[1], k)
+    d_out, x, router = (tensor.contiguous() for tensor in (d_out, x, router))
+    return _backward(d_out, x, router, w_gate_up, w_down, gate_up, Routed(*routed), sizes)
+
+
+@_moe_layer_backward.register_fake
+def _(d_out, x, router, w_gate_up, w_down, gate_up, routed, k):
+    return tuple(tensor.new_empty(tensor.shape) for tensor in (x, router, w_gate_up, w_down))
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.k, save = inputs
+    if save:
+        ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _gradients(ctx, d_out, *_):
+    *tensors, gate_up = ctx.saved_tensors[:5]
+    routed = list(ctx.saved_tensors[5:])
+    return *_moe_layer_backward(d_out, *tensors, gate_up, routed, ctx.k), None, None
+
+
+_moe_layer.register_autograd(_gradients, setup_context=_save)
 
 
 class Sizes(NamedTuple):
@@ -607,12 +643,16 @@ class Sizes(NamedTuple):
     k: int
 
     @property
-    def n_visits(self) -> int:
+    def n_visits(self):     # a symbol while torch.compile traces
         return self.n_tokens * self.k
 
     def row_tiles(self, rows: int) -> int:
         """At most as many tiles of `rows` visits as any routing can make."""
         return min(self.n_visits, self.n_visits // rows + self.n_experts)
+
+    def n_row_tiles(self, dtype: torch.dtype) -> int:
+        """Of the call's row tiles, whatever the routing."""
+        return self.row_tiles(choose_rows(self, dtype))
 
 
 class Routed(NamedTuple):
@@ -631,13 +671,11 @@ class Routed(NamedTuple):
         return self.visits, self.starts, self.tile_expert, self.tile_first, self.n_used
 
 
-def _route(x: Tensor, router: Tensor, sizes: Sizes, save: bool) -> Routed:
-    n_tokens, d, n_experts, _, k = sizes
-    rows = choose_rows(sizes, x.dtype)
-    e = max(16, triton.next_power_of_2(n_experts))
-    n_row_tiles = sizes.row_tiles(rows)
+def _empty_routed(x: Tensor, sizes: Sizes, save: bool) -> Routed:
+    n_tokens, _, n_experts, _, k = sizes
     keep = n_experts if save and k == 1 else 0
-    routed = Routed(
+    n_row_tiles = sizes.n_visits // MIN_ROWS + n_experts    # of the smallest tiles
+    return Routed(
         experts=x.new_empty((n_tokens, k), dtype=torch.int32),
         weights=x.new_empty((n_tokens, k), dtype=torch.float32),
         probabilities=x.new_empty((n_tokens, keep), dtype=torch.float32),
@@ -647,6 +685,13 @@ def _route(x: Tensor, router: Tensor, sizes: Sizes, save: bool) -> Routed:
         tile_first=x.new_empty(n_row_tiles, dtype=torch.int32),
         n_used=x.new_empty(1, dtype=torch.int32),
     )
+
+
+def _route(x: Tensor, router: Tensor, sizes: Sizes, save: bool) -> Routed:
+    n_tokens, d, n_experts, _, k = sizes
+    rows = choose_rows(sizes, x.dtype)
+    e = max(16, triton.next_power_of_2(n_experts))
+    routed = _empty_routed(x, sizes, save)
     tiles = choose_tiles("route", sizes, x.dtype)
     n_token_tiles = ceil_div(n_tokens, tiles.rows)
     rank = torch.empty_like(routed.experts)
@@ -667,7 +712,7 @@ def _route(x: Tensor, router: Tensor, sizes: Sizes, save: bool) -> Routed:
     _route_kernel[(n_token_tiles,)](
         x, router, parts, routed.experts, routed.weights, routed.probabilities, rank, tile_counts,
         routed.visits, *groups, n_tokens,
-        D=d, **padded, K=k, K_PADDED=triton.next_power_of_2(k), SAVE=keep > 0,
+        D=d, **padded, K=k, K_PADDED=triton.next_power_of_2(k), SAVE=save and k == 1,
         SOLO=n_token_tiles == 1, N_PARTS=n_parts, TILE_ROWS=rows, **common, **pdl,
     )  # fmt: skip
     if n_token_tiles != 1:
@@ -703,7 +748,7 @@ def _gate_up(x, w_gate_up, hidden, gate_up, routed: Routed, sizes: Sizes, save: 
     tiles = choose_tiles("gate_up", sizes, x.dtype)
     if sizes.d_ff * x.itemsize % 16:    # TMA cannot begin at up's first column
         tiles = tiles._replace(tma=False)
-    n_row_tiles = len(routed.tile_expert)
+    n_row_tiles = sizes.n_row_tiles(x.dtype)
     (w,), options = _operands(tiles, (w_gate_up, tiles.step, tiles.cols))
     _gate_up_kernel[(n_row_tiles * ceil_div(sizes.d_ff, tiles.cols),)](
         x, w, hidden, gate_up, *routed.tiles(), n_row_tiles,
@@ -717,7 +762,7 @@ def _project(rows, w, routed: Routed, sizes: Sizes, *, transposed: bool) -> Tens
     Forward the sum is weighted; backward, where `w` is transposed, the rows are already.
     """
     tiles = choose_tiles("project", sizes, rows.dtype)
-    n_row_tiles, n_in = len(routed.tile_expert), rows.shape[1]
+    n_row_tiles, n_in = sizes.n_row_tiles(rows.dtype), rows.shape[1]
     n_col_tiles = ceil_div(sizes.d, tiles.cols)
     splits = _splits(n_row_tiles * n_col_tiles, n_in, tiles) if not transposed else 1
     dtype = rows.dtype if splits == 1 else torch.float32
@@ -727,7 +772,7 @@ def _project(rows, w, routed: Routed, sizes: Sizes, *, transposed: bool) -> Tens
 
 
 def _project_into(parts, rows, w, routed: Routed, sizes: Sizes, tiles, *, transposed: bool) -> None:
-    n_row_tiles, (splits, _, d) = len(routed.tile_expert), parts.shape
+    n_row_tiles, (splits, _, d) = sizes.n_row_tiles(rows.dtype), parts.shape
     n_in = rows.shape[1]
     n_col_tiles = ceil_div(d, tiles.cols)
     block = (tiles.cols, tiles.step) if transposed else (tiles.step, tiles.cols)
@@ -758,7 +803,7 @@ def _on_hopper(x: Tensor, w_gate_up: Tensor, w_down: Tensor, sizes: Sizes) -> bo
 def _backward(d_out, x, router, w_gate_up, w_down, gate_up, routed: Routed, sizes: Sizes):
     """d_x, d_router, d_w_gate_up and d_w_down."""
     n_tokens, d, n_experts, d_ff, k = sizes
-    n_row_tiles = len(routed.tile_expert)
+    n_row_tiles = sizes.n_row_tiles(x.dtype)
     tiles = choose_tiles("hidden_gradient", sizes, x.dtype)
     n_col_tiles = ceil_div(d_ff, tiles.cols)
     d_gate_up = torch.empty_like(gate_up)
@@ -836,7 +881,7 @@ LOGIT_PARTS = 16        # multiprocessors that read the router for few tokens
 
 def choose_rows(sizes: Sizes, dtype: torch.dtype) -> int:
     """Visits in a row tile, the same for every kernel of a call: they share one list of tiles."""
-    return rows_for(sizes, dtype) if gpu_facts() else 16
+    return rows_for(sizes, dtype) if gpu_facts() else MIN_ROWS
 
 
 def rows_for(sizes: Sizes, dtype: torch.dtype) -> int:
@@ -846,7 +891,7 @@ def rows_for(sizes: Sizes, dtype: torch.dtype) -> int:
         return 128
     usual = max(1, 4 * sizes.n_visits // sizes.n_experts)
     most = max(1, min(sizes.n_tokens, usual, 64))
-    return max(16, triton.next_power_of_2(most))
+    return max(MIN_ROWS, triton.next_power_of_2(most))
 
 
 def choose_tiles(kernel: str, sizes: Sizes, dtype: torch.dtype) -> Tiles:
@@ -902,11 +947,17 @@ def _shared_bytes(capability: tuple[int, int] | None) -> int:
 
 
 def _splits(n_tiles: int, n_in: int, tiles: Tiles) -> int:
-    """Into how many parts a sum is cut, so that few tiles still keep the whole chip reading."""
+    """Into how many parts a sum is cut, so that few tiles still keep the whole chip reading.
+
+    Long sums are cut for the sake of an even end as well: the parts are little beside them.
+    """
     gpu = gpu_facts()
-    wanted = gpu.n_sms if gpu else 8
+    n_sms = gpu.n_sms if gpu else 8
     splits = 1
-    while n_tiles * splits < wanted and splits < 8 and n_in >= 4 * splits * tiles.step:
+    while splits < 8 and (
+        n_tiles * splits < n_sms and n_in >= 4 * splits * tiles.step
+        or n_tiles * splits < 4 * n_sms and n_in >= 8192 * splits
+    ):
         splits *= 2
     return splits
 

@@ -7,6 +7,7 @@ clock starts.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -104,10 +105,6 @@ def all_experts(x, router, w_gate_up, w_down, k) -> Call:
     return lambda: everyone(x, router, w_gate_up, w_down, k)
 
 
-def all_experts_compiled(x, router, w_gate_up, w_down, k) -> Call:
-    return _compiled(everyone, x, router, w_gate_up, w_down, k)
-
-
 def liger(x: Tensor, router: Tensor, w_gate_up: Tensor, w_down: Tensor, k: int) -> Call:
     """Liger's Triton kernels behind torch's routing."""
     from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
@@ -132,9 +129,15 @@ def _logits(x: Tensor, router: Tensor) -> Tensor:
 def _compiled(layer: Callable[..., Tensor], *arguments) -> Call:
     if gpu_facts() is None:
         raise Missing("torch.compile is only timed on a GPU here")
-    torch.compiler.reset()  # or the ninth size is past its limit and runs uncompiled
-    compiled = torch.compile(layer, dynamic=False)
+    compiled = _compile(layer, tuple(x.shape for x in arguments[:-1]))
     return lambda: compiled(*arguments)
+
+
+@lru_cache(maxsize=1)
+def _compile(layer: Callable[..., Tensor], shapes: tuple) -> Callable[..., Tensor]:
+    """Once for all input sets of a size."""
+    torch.compiler.reset()  # or the ninth size is past its limit and runs uncompiled
+    return torch.compile(layer, dynamic=False)
 
 
 OURS = Contender("ours", ours, ours=True)
@@ -150,6 +153,5 @@ DECODE = (
     *GROUPED,
     LOOP,
     Contender("every expert", all_experts),
-    Contender("every expert, compiled", all_experts_compiled),
     LIGER,
 )
