@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.errors import BadInput
 from llmopt_lab.moe import kernels
+from llmopt_lab.moe.cases import CASES
 from llmopt_lab.moe.kernels import Sizes, Tiles, moe_layer_triton
 
 SHAPES = [  # n_tokens, d, n_experts, d_ff, k
@@ -332,6 +333,32 @@ def test_torchs_own_checks_of_the_operators_pass():
     torch.library.opcheck(
         torch.ops.llmopt_lab.moe_layer_backward, (d_out, *args, gate_up, routed, 2)
     )
+
+
+def test_the_benchmarks_contenders_and_its_oracle_equal_a_dense_loop():
+    for case in CASES:
+        (size,) = case.cpu_sizes
+        *args, k = case.inputs("cpu", **size)
+        want = oracle(*(t.double() for t in args), k)
+        assert_close(case.oracle(*args, k), want, "oracle")
+        ran = []
+        for contender in case.contenders:
+            try:
+                call = contender.prepare(*args, k)
+            except ImportError:
+                continue
+            assert_close(call(), want, contender.name)
+            ran.append(contender.name)
+        assert {"ours", "torch._grouped_mm", "loop over experts"} <= set(ran)
+
+
+def test_the_benchmarks_floor_counts_the_experts_touched():
+    size = {"n_tokens": 3, "n_experts": 16, "d": 32, "d_ff": 8, "k": 2}
+    x, router, *_ = CASES[1].inputs("cpu", **size)
+    touched = len((x @ router).topk(2).indices.unique())
+    assert touched < 7
+    want = 2 * (touched * 3 * 32 * 8 + 32 * 16 + 2 * 3 * 32)
+    assert CASES[1].min_bytes(**size) == want
 
 
 def check_compiled(device, **options):
