@@ -127,7 +127,7 @@ def choose_tiles(n_vocab: int) -> Tiles:
 
 def tiles_for(n_vocab: int) -> Tiles:
     """On a GPU: 16 numbers a thread."""
-    return Tiles(2048, 4) if n_vocab <= 2048 else Tiles(8192, 16)
+    return Tiles(2048, 4) if n_vocab <= 2048 else Tiles(4096, 8)
 
 
 def kl_rows(

@@ -8,17 +8,22 @@ a Hugging Face folder for each student of SHIPPED.
 
 import argparse
 import json
+import os
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from llmopt_lab.core.errors import require
+from llmopt_lab.distillation.evaluate import retained
 from llmopt_lab.distillation.students import METHODS, TEACHER
 from llmopt_lab.nn.config import ModelConfig
 from llmopt_lab.nn.generate import generate
+from llmopt_lab.nn.held_out import held_out_documents
 from llmopt_lab.nn.model_card import PROMPTS, cpu_name, decode_speed
+from llmopt_lab.nn.train import SEPARATOR, HeldOut
 from llmopt_lab.nn.transformer import Transformer
-from llmopt_lab.nn.weights import EMBEDDED, load, save
+from llmopt_lab.nn.weights import EMBEDDED, LanguageModel, load, save
 
 RESULTS = Path(__file__).parent / "results" / "students.json"
 SHIPPED = ("lab-student", "lab-student-small")
@@ -72,8 +77,9 @@ def ship(runs: Path, *, folders: Path = EMBEDDED, results: Path = RESULTS, say=p
         training = result | {
             "way": way,
             "heldout_bits_per_byte": result["held_out"]["text"]["bits_per_byte"],
-            "cpu": {"name": cpu_name(), "threads": 1, "tokens_per_second": speed[name]},
+            "cpu": {"name": cpu_name(), "threads": 1, "tokens_per_second": speed[name]} | busy(),
             "teacher_tokens_per_second": speed[TEACHER],
+            "piece": retained(lm.model, teacher.model, piece(lm), context=1024, batch=2),
             "completions": completions,
         }
         (folders / name / "training.json").write_text(json.dumps(training, indent=1) + "\n")
@@ -84,11 +90,24 @@ def ship(runs: Path, *, folders: Path = EMBEDDED, results: Path = RESULTS, say=p
         "format_version": 1,
         "room": "distillation",
         "teacher": TEACHER,
-        "cpu": {"name": cpu_name(), "threads": 1, "tokens_per_second": speed},
+        "cpu": {"name": cpu_name(), "threads": 1, "tokens_per_second": speed} | busy(),
         "shipped": {name: best_of(found[name]) for name in SHIPPED},
         "runs": found,
     }
     results.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def piece(lm: LanguageModel) -> HeldOut:
+    """The first two held-out files that ship: small enough to measure on anew in a test."""
+    texts = list(held_out_documents().values())[:2]
+    rows = [[SEPARATOR, *lm.encode(text, add_special_tokens=False).tolist()] for text in texts]
+    n_bytes = tuple(len(text.encode()) for text in texts)
+    return HeldOut(np.array([*rows[0], *rows[1]], np.uint16), n_bytes)
+
+
+def busy() -> dict[str, float | int]:
+    """How much else this machine does: processes that want a core, and cores."""
+    return {"load": round(os.getloadavg()[0], 1), "cores": os.cpu_count()}
 
 
 def _tuples(config: dict) -> dict:
@@ -164,7 +183,8 @@ distillation/results/students.json.
 
 {training["cpu"]["tokens_per_second"]:,.0f} tokens per second, greedy, batch 1, with a KV cache,
 float32, {training["cpu"]["threads"]} thread, {training["cpu"]["name"]}: {faster:.2f} times its
-teacher's in the same run.
+teacher's in the same run. The machine had a load of {training["cpu"]["load"]} on
+{training["cpu"]["cores"]} cores: the ratio means more than the number.
 
 ## Greedy completions
 

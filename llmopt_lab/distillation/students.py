@@ -73,7 +73,7 @@ STUDENTS = {
     ),
     "lab-draft": Student(
         lambda teacher, _: thawed(load("lab-draft", device=teacher.device).model),
-        Recipe(SMALL_CONFIG, steps=800, matrix_lr=0.002, other_lr=3e-4, **COMMON),
+        Recipe(SMALL_CONFIG, steps=800, matrix_lr=0.006, other_lr=9e-4, **COMMON),
         "lab-draft as it ships",
     ),
 }
