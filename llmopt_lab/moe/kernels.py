@@ -5,9 +5,9 @@ visits by expert (a counting sort, stable), `_gate_up_kernel` gathers the tokens
 and makes their SwiGLU, `_project_kernel` projects down and writes each visit's weighted row to the
 place of its token, `_combine_kernel` adds the k rows of a token. For few tokens `_logits_kernel`
 has many multiprocessors read the router and one program does the rest of the routing; for many, on
-sm_90, `hopper.py` has the two products. How many visits an expert gets is
-known on the device only, so every grid covers the worst case and the programs that are left over
-end at once. Every sum has one owner and one order: two runs give the same bits.
+sm_90, `hopper.py` has the two products. How many visits an expert gets is known on the device only,
+so every grid covers the worst case and the programs that are left over end at once. Every sum has
+one owner and one order: two runs give the same bits.
 
 A visit is one (token, choice) pair, numbered token * k + choice; `visits` lists them by expert.
 """
