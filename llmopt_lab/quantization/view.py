@@ -448,7 +448,10 @@ def loudness_frames(ways: Mapping[str, Tensor]) -> list[Frame]:
             f"mean square of the input, the median one {curve[len(curve) // 2]:.1f} times."
         )
         chart = Chart(
-            "largest |x| of each channel", tuple(lines), "channels, loudest first", "x rms", top
+            "largest |x| of each channel, in root mean squares of x",
+            tuple(lines),
+            "by rank",
+            top=top,
         )
         legend = tuple((tone, name) for name, tone in zip(curves, tones, strict=False))
         result.append(Frame(caption, (chart,), legend=legend))

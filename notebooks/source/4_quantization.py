@@ -20,8 +20,8 @@
 # | 1. A question | 5 |
 # | 2. The idea, step by step | 30 |
 # | 3. What the guide says, measured | 25 |
-# | 4. A real model | 20 |
-# | 5. Weights alone, or activations too | 10 |
+# | 4. A real model | 25 |
+# | 5. Weights alone, or activations too | 20 |
 # | 6. The kernel | 15 |
 # | 7. Where it loses | 10 |
 # | 8. In production, and what to remember | 5 |
@@ -581,7 +581,7 @@ for name, (bits, call, model) in ways.items():
 
 
 # %% [markdown]
-# ## 4. A real model (20 minutes)
+# ## 4. A real model (25 minutes)
 #
 # Section 3 rounded `lab-target` layer by layer. `quantize_model` does it properly: block by block, each
 # on what the quantized blocks before it give, so that later blocks can make earlier errors good. The
@@ -743,6 +743,9 @@ print(f"perplexity {before:.2f} before, {measure(model):.2f} after {len(losses)}
       f"training loss {losses[0]:.2f} to {losses[-1]:.2f}")
 
 # %% [markdown]
+# (`round_inputs(model, bits=8, observer=Ema, calibration=rows)` around the same model would round the
+# activations while it trains as well; section 5 has the observers.)
+#
 # Compare with GPTQ above, which took no gradient. Training is for where that is not enough: 2 bits, or
 # formats of few values, and for those who can pay for more than 16 steps.
 #
@@ -777,7 +780,56 @@ for bits in (8, 4, 2):
 # %% [markdown]
 # (2-bit codes take 4 bits here. Scales and zero points are counted.)
 #
-# ## 5. Weights alone, or activations too (10 minutes)
+# **Sixteen values need not be evenly spaced.** Weights crowd around 0, so let the values crowd there too.
+# *e2m1* is a float of 4 bits: sign, 2 bits of exponent, 1 of mantissa. *NF4* takes quantiles of the normal
+# distribution. A code is then looked up, not multiplied. The formats differ in their scales as well:
+# MXFP4 has a power of two for each 32 weights, NVFP4 a float8 for each 16 and one float32 a matrix, NF4
+# a float8 for each 64, which have scales of their own (double quantization).
+
+# %% tags=["nbval-ignore-output"]
+import matplotlib.pyplot as plt
+
+from llmopt_lab.quantization.block_formats import table_of
+
+values = {
+    "int4": torch.arange(-7, 8) / 7,
+    "e2m1": table_of("mxfp4") / 6,
+    "NF4": table_of("nf4"),
+}
+figure, axes = plt.subplots(figsize=(7.5, 1.6))
+for line, (name, table) in enumerate(values.items()):
+    axes.plot(table, [-line] * len(table), "|", markersize=14, label=name)
+axes.set(yticks=[0, -1, -2], yticklabels=values, ylim=(-2.6, 0.6),
+         xlabel="values that a code can stand for, the largest is 1")
+figure.tight_layout()
+
+# %% [markdown]
+# What that is worth, measured as before (rounded to the nearest, no calibration), beside integers of about
+# as many bits:
+
+# %%
+from llmopt_lab.quantization.view import recorded_variant
+
+beside = {  # bits a weight -> a format, and groups of integers that take as many
+    "4.13": ({"method": "nf4"}, 128),
+    "4.25": ({"method": "mxfp4"}, 64),
+    "4.5": ({"method": "nvfp4"}, 32),
+}
+print(f"{'bits per byte above float':34}", *(f"{model:>14}" for model in recorded))
+for bits, (how, group_size) in beside.items():
+    rows = [recorded_variant(record, how=how) for record in recorded.values()]
+    grid = {"bits": 4, "group_size": group_size, "symmetric": True}
+    ints = [recorded_ways(record, **grid)["nearest"] for record in recorded.values()]
+    print(f"{bits:>4} bits: {how['method'].upper():24}", *(f"{row['excess']:14.3f}" for row in rows))
+    print(f"{'':>10} int4, groups of {group_size:<7}", *(f"{row['excess']:14.3f}" for row in ints))
+
+# %% [markdown]
+# NF4 wins clearly at its price; NVFP4 by a little. MXFP4 does not: its scale is a power of two, so the
+# largest weight of a block lands anywhere between 4 and 8 scales, and what is above 6 is clipped. e2m1 is
+# there for another reason: the tensor cores of Blackwell GPUs multiply it as it is. On an H100 it would have
+# to be unpacked like the rest, and there is no kernel for it here.
+#
+# ## 5. Weights alone, or activations too (20 minutes)
 #
 # Everything so far was *weight-only*: W4A16 has 4-bit weights and 16-bit activations. It saves bytes.
 # The product itself runs in 16 bits, after each weight has been turned back into a number. W8A8 rounds
@@ -869,8 +921,117 @@ for how in ("w8a8", "smoothquant"):
     print(f"lab-target, {how:11}:        perplexity {measure(model):.3f}, float {measure(lm.model):.3f}")
 
 # %% [markdown]
-# `lab-target` is too small to have such channels, so W8A8 alone is fine here. Models above some 6 billion
-# parameters have them.
+# `lab-target` has no such channels behind its norms, where SmoothQuant works, so W8A8 alone is fine here.
+# Models above some 6 billion parameters have them.
+#
+# **A scale that is fixed beforehand.** A scale a token costs a pass over the activations in every layer. A
+# *static* scale, one a layer, is chosen once: an *observer* watches calibration text and answers with a
+# range. The largest values ever seen (min-max); a moving average of each batch's (EMA), which also works
+# while a model trains; the range that 99.99 % of the values lie in (percentile); or the one with the least
+# squared error of rounding and clipping (MSE). Here are the ranges they choose for one layer:
+
+# %% tags=["timing", "nbval-ignore-output"]
+from llmopt_lab.quantization.activations import OBSERVERS
+
+name = "layers.1.mlp.down_proj"
+x = inputs_of(name)
+for how, make in OBSERVERS.items():
+    observer = make()
+    for part in x.split(256):
+        observer.observe(part)
+    low, high = observer.range(bits=8, symmetric=False)
+    inside = ((x >= low) & (x <= high)).double().mean()
+    print(f"{how:11} {low:7.2f} to {high:6.2f}, steps of {(high - low) / 255:.4f}, "
+          f"{1 - inside:.3%} of the values clipped")
+
+# %% [markdown]
+# And what whole models lose with the weights in float and every layer's input in 8 bits:
+
+# %%
+def lost(how=None, rotation=None, inputs=None):
+    """Bits per byte above float, of each model; a dash where it was not measured."""
+    words = []
+    for record in recorded.values():
+        try:
+            row = recorded_variant(record, how=how, rotation=rotation, inputs=inputs)
+            words.append(f"{row['excess']:14.3f}")
+        except BadInput:
+            words.append(f"{'-':>14}")
+    return " ".join(words)
+
+
+print(f"{'bits per byte above float':36}", *(f"{m:>14}" for m in recorded))
+print(f"{'a scale a token':36}", lost(inputs={"bits": 8, "observer": None}))
+for observer in OBSERVERS:
+    print(f"{f'static, {observer}':36}", lost(inputs={"bits": 8, "observer": observer}))
+
+# %% [markdown]
+# Clipping the few largest values helps, and a scale a token is still far better: where a static scale is
+# needed, the outliers have to go first.
+#
+# **Turn them away.** For an orthogonal matrix $Q$, $(xQ)(WQ)^T = xW^T$. A random Hadamard matrix (1 and −1,
+# over $\sqrt{n}$) adds up all channels with random signs, so a loud one is shared out among all. And it
+# costs nothing: fold the norms' scales into the layers behind them; then an RMSNorm commutes with $Q$, and
+# the whole residual stream can be turned by changing weights (QuaRot; SpinQuant trains $Q$). Only the
+# input of the down projection is a product of two layers, which no weight can turn: that takes a product
+# *online*, in every step.
+
+# %% tags=["timing", "nbval-ignore-output"]
+from llmopt_lab.quantization.rotation import rotated
+from llmopt_lab.quantization.view import loudness_frames
+
+
+def inputs_of_model(model, name):
+    """As `inputs_of`, of another model."""
+    rows = []
+    hook = model.get_submodule(name).register_forward_pre_hook(
+        lambda _, args: rows.append(args[0].flatten(0, 1))
+    )
+    model(calibration[:2])
+    hook.remove()
+    return torch.cat(rows).cpu()
+
+
+turned = rotated(lm.model, rng=torch.Generator().manual_seed(0), online=True)
+apart = (turned(text[:1, :-1]) - lm.model(text[:1, :-1])).abs().max()
+print(f"the same function: logits differ by {apart:.0e} at most; perplexity {measure(turned):.3f}")
+Player(
+    loudness_frames({
+        "as trained": inputs_of_model(lm.model, "layers.1.mlp.down_proj"),
+        "rotated": inputs_of_model(turned, "layers.1.mlp.down_proj.inner"),
+    }),
+    title="How loud the channels are that a down projection reads",
+)
+
+# %% [markdown]
+# *Only the picture answers this:* are there channels that a rotation makes louder, and which?
+#
+# Measured on whole models, with weights as they are, then rounded as well:
+
+# %%
+four = {"method": "rtn", "bits": 4, "group_size": 128}
+three = {"method": "rtn", "bits": 3, "group_size": 128}
+cases = {
+    "activations 8 bits, static min-max": (None, {"bits": 8, "observer": "min-max"}),
+    "activations 4 bits, a scale a token": (None, {"bits": 4, "observer": None}),
+    "weights and activations 4 bits": (four, {"bits": 4, "observer": None}),
+    "weights 4 bits, groups of 128": (four, None),
+    "weights 3 bits, groups of 128": (three, None),
+    "weights MXFP4": ({"method": "mxfp4"}, None),
+}
+print(f"{'bits per byte above float':36} {'rotation':9}", *(f"{m:>14}" for m in recorded))
+for name, (how, inputs) in cases.items():
+    for rotation in (None, "offline", "online"):
+        words = lost(how, rotation, inputs)
+        if words.strip("- "):
+            print(f"{name:36} {rotation or 'none':9}", words)
+
+# %% [markdown]
+# What a rotation is worth depends on what is rounded. `lab-target`'s activations lose three times less in 4
+# bits, and with static scales of 8 bits 60 times less: as little as with a scale a token. Nearly all of it comes
+# from the online one: it is the down projection's input that is loud. Rounding weights alone mostly
+# gets worse, SmolLM2's more than twice as bad at 4 bits: groups of 128 and less had dealt with their outliers
+# already, and a rotation shares those out to every group. Measure before you turn.
 #
 # **fp8** (e4m3: 4 bits of exponent, 3 of mantissa) needs less care: its steps are fine near 0 and coarse
 # far out, so an outlier does not eat the others. The price is 1/16 of relative error at worst:
@@ -949,9 +1110,7 @@ except ImportError as missing:
 # you look: from how many tokens at a time is the unquantised product faster?
 
 # %% tags=["nbval-ignore-output"]
-import matplotlib.pyplot as plt
-
-from llmopt_lab.core.bench import format_results, load_results, run_room
+from llmopt_lab.core.bench import format_results, run_room
 
 (h100,) = load_results("quantization")
 rows = [row for row in h100["cases"][0]["rows"] if row["size"]["n_rows"] == 14336]
@@ -1037,8 +1196,8 @@ for name, (layers, rest) in models.items():
           f"{before / after:.2f} times smaller")
 
 # %% [markdown]
-# **No kernel.** Memory at rest is saved in any case. Time is not. The same greedy text on this machine,
-# float and 4 bits without a kernel, which unpacks every weight for every token:
+# **No kernel, or a small model.** Memory at rest is saved in any case. Time is not. The same greedy text on
+# this machine, float and 4 bits without a kernel, which unpacks every weight for every token:
 
 # %% tags=["timing", "nbval-ignore-output"]
 import time
@@ -1050,6 +1209,32 @@ for name, model in (("float32", lm.model), ("4 bits", four)):
     seconds = time.perf_counter() - start
     print(f"{name:8} {24 / seconds:6.1f} tokens/s, layers {linear_nbytes(model) / 2**20:5.1f} MiB")
 
+# %% [markdown]
+# Whole models that decode, recorded by `python -m llmopt_lab.quantization.decoding`: one sequence, after 64
+# tokens. Peak memory is all that came on top of an empty process or GPU: weights, KV cache, and what a
+# step needs. On the GPU, *Python* is the loop of `generate`; *graph* is the same step as one CUDA graph, without
+# Python between its kernels.
+
+# %% tags=["nbval-ignore-output"]
+from llmopt_lab.quantization.decoding import RESULTS as DECODING
+
+for run in json.loads(DECODING.read_text())["runs"]:
+    print(run["hardware"]["name"] + (", one core" if "threads" in run["hardware"] else ""))
+    print(f"{'':34}{'tokens/s':>10}{'of float':>10}{'graph':>10}{'of float':>10}{'peak MB':>9}")
+    for name, rows in run["models"].items():
+        print(f"  {name}" + ("" if rows[0]["trained"] else ", random weights of its shape"))
+        for row in rows:
+            speed, base = row["tokens_per_second"], rows[0]["tokens_per_second"]
+            graph = f"{'':20}"
+            if "step_ms" in row:
+                graph = f"{1000 / row['step_ms']:10,.0f}{rows[0]['step_ms'] / row['step_ms']:9.2f}x"
+            print(f"    {row['way']:30}{speed:10,.1f}{speed / base:9.2f}x{graph}{row['peak_bytes'] / 1e6:9,.0f}")
+
+# %% [markdown]
+# Codes in memory are not speed: without a kernel, 4 bits cost a core 13 to 15 times the time, and int8 is slower too,
+# since one token has too little arithmetic to make rounding the activations worth it. What is saved is
+# memory, and of that only the layers' share.
+#
 # %% [markdown]
 # **Calibration.** GPTQ and AWQ fit the layer to the inputs they see. Give GPTQ noise instead of text:
 
@@ -1093,6 +1278,7 @@ with tempfile.TemporaryDirectory() as folder:
 # | llm-compressor | `oneshot(model=..., dataset=..., recipe=GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"]))`; `dampening_frac` is our `damping`; `SmoothQuantModifier(smoothing_strength=0.8)` before it for `scheme="W8A8"`; `AWQModifier` |
 # | vLLM | `vllm serve MODEL` reads the format from the checkpoint; `--quantization fp8` rounds while loading; `--kv-cache-dtype fp8` |
 # | TensorRT-LLM | `LLM(model=...)` reads the format of a Model Optimizer checkpoint (W4A16 AWQ, W4A16 GPTQ, fp8, NVFP4); `kv_cache_config=KvCacheConfig(dtype="fp8")` |
+# | the 4-bit formats | llm-compressor `scheme="NVFP4A16"` or `"MXFP4A16"` (weights only), `"NVFP4"`, `"MXFP4"` (activations too); NF4 is bitsandbytes'; `SpinQuantModifier(rotations=["R1", "R2"], transform_type="hadamard")` is our `rotated`, `"R4"` its `online` |
 # | transformers | `from_pretrained(..., quantization_config=GPTQConfig(bits=4, group_size=128, desc_act=True, dataset=..., tokenizer=...))`; `desc_act` is our `act_order`; `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")` |
 #
 # **Remember**
@@ -1104,14 +1290,20 @@ with tempfile.TemporaryDirectory() as folder:
 # 5. `round` has no gradient. Training needs the straight-through estimator.
 # 6. Weight-only saves reading: for few tokens at a time. W8A8 and fp8 save multiplying: for many.
 # 7. Fewer bits are faster only with a kernel that never writes the float weight.
-# 8. "99 % accuracy" means nothing without model, method, bits, group and the text it was measured on.
+# 8. Static activation scales stand or fall with the outliers; a rotation spreads them for free.
+# 9. "99 % accuracy" means nothing without model, method, bits, group and the text it was measured on.
 #
 # **Sources.** Frantar et al. 2022, *GPTQ* ([2210.17323](https://arxiv.org/abs/2210.17323)), Algorithm 1. Lin et
 # al. 2023, *AWQ* ([2306.00978](https://arxiv.org/abs/2306.00978)). Xiao et al. 2022, *SmoothQuant*
 # ([2211.10438](https://arxiv.org/abs/2211.10438)). Dettmers et al. 2022, *LLM.int8()*
 # ([2208.07339](https://arxiv.org/abs/2208.07339)), on loud channels in large models. Micikevicius et al. 2022,
 # *FP8* ([2209.05433](https://arxiv.org/abs/2209.05433)). Liu et al. 2024, *KIVI*
-# ([2402.02750](https://arxiv.org/abs/2402.02750)). Nagel et al. 2021, *A white paper on neural network
+# ([2402.02750](https://arxiv.org/abs/2402.02750)). Dettmers et al. 2023, *QLoRA*, with NF4
+# ([2305.14314](https://arxiv.org/abs/2305.14314)). OCP, *Microscaling Formats v1.0*; NVIDIA 2025, NVFP4
+# ([2509.25149](https://arxiv.org/abs/2509.25149)). Ashkboos et al. 2024, *QuaRot*
+# ([2404.00456](https://arxiv.org/abs/2404.00456)). Liu et al. 2024, *SpinQuant*
+# ([2405.16406](https://arxiv.org/abs/2405.16406)). Jacob et al. 2018, EMA ranges
+# ([1712.05877](https://arxiv.org/abs/1712.05877)). Nagel et al. 2021, *A white paper on neural network
 # quantization* ([2106.08295](https://arxiv.org/abs/2106.08295)). Bengio et al. 2013, straight-through estimator
 # ([1308.3432](https://arxiv.org/abs/1308.3432)).
 #
