@@ -1027,11 +1027,12 @@ for name, (how, inputs) in cases.items():
             print(f"{name:36} {rotation or 'none':9}", words)
 
 # %% [markdown]
-# What a rotation is worth depends on what is rounded. `lab-target`'s activations lose three times less in 4
-# bits, and with static scales of 8 bits 60 times less: as little as with a scale a token. Nearly all of it comes
-# from the online one: it is the down projection's input that is loud. Rounding weights alone mostly
-# gets worse, SmolLM2's more than twice as bad at 4 bits: groups of 128 and less had dealt with their outliers
-# already, and a rotation shares those out to every group. Measure before you turn.
+# What a rotation is worth depends on what is rounded. With activations of 4 bits `lab-target` loses three times
+# less and SmolLM2 almost nine times less; with static scales of 8 bits `lab-target` loses 60 times less, as little as
+# with a scale a token. In `lab-target` nearly all of it comes from the online one: its loud input is the down
+# projection's. SmolLM2 gains from both. Rounding weights alone mostly gets worse, SmolLM2 more than twice as bad at 4 bits:
+# groups of 128 and less had dealt with their outliers already, and a rotation shares those out to every
+# group. Measure before you turn.
 #
 # **fp8** (e4m3: 4 bits of exponent, 3 of mantissa) needs less care: its steps are fine near 0 and coarse
 # far out, so an outlier does not eat the others. The price is 1/16 of relative error at worst:
@@ -1212,7 +1213,7 @@ for name, model in (("float32", lm.model), ("4 bits", four)):
 # %% [markdown]
 # Whole models that decode, recorded by `python -m llmopt_lab.quantization.decoding`: one sequence, after 64
 # tokens. Peak memory is all that came on top of an empty process or GPU: weights, KV cache, and what a
-# step needs. On the GPU, *Python* is the loop of `generate`; *graph* is the same step as one CUDA graph, without
+# step needs. *tokens/s* is the loop of `generate`; on a GPU, *graph* is the same step as one CUDA graph, without
 # Python between its kernels.
 
 # %% tags=["nbval-ignore-output"]
@@ -1220,7 +1221,7 @@ from llmopt_lab.quantization.decoding import RESULTS as DECODING
 
 for run in json.loads(DECODING.read_text())["runs"]:
     print(run["hardware"]["name"] + (", one core" if "threads" in run["hardware"] else ""))
-    print(f"{'':34}{'tokens/s':>10}{'of float':>10}{'graph':>10}{'of float':>10}{'peak MB':>9}")
+    print(f"{'':36}{'tokens/s':>10}{'of float':>10}{'graph':>10}{'of float':>10}{'peak MB':>9}")
     for name, rows in run["models"].items():
         print(f"  {name}" + ("" if rows[0]["trained"] else ", random weights of its shape"))
         for row in rows:
@@ -1228,7 +1229,7 @@ for run in json.loads(DECODING.read_text())["runs"]:
             graph = f"{'':20}"
             if "step_ms" in row:
                 graph = f"{1000 / row['step_ms']:10,.0f}{rows[0]['step_ms'] / row['step_ms']:9.2f}x"
-            print(f"    {row['way']:30}{speed:10,.1f}{speed / base:9.2f}x{graph}{row['peak_bytes'] / 1e6:9,.0f}")
+            print(f"    {row['way']:32}{speed:10,.1f}{speed / base:9.2f}x{graph}{row['peak_bytes'] / 1e6:9,.0f}")
 
 # %% [markdown]
 # Codes in memory are not speed: without a kernel, 4 bits cost a core 13 to 15 times the time, and int8 is slower too,
