@@ -24,7 +24,7 @@ from llmopt_lab.nn.transformer import Attend, Block, RMSNorm, rope_tables
 from llmopt_lab.speculative_decoding.reader import Reader
 from llmopt_lab.speculative_decoding.reference import ModelDraft
 
-FOLDER = Path(__file__).parent / "head"  # of lab-target's head, and its card
+FOLDER = Path(__file__).parent / "lab-target-head"  # the head that ships, and its card
 
 
 class DraftHead(nn.Module):

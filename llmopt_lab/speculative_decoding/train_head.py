@@ -2,7 +2,7 @@
 
     python -m llmopt_lab.speculative_decoding.train_head corpus     # once: minutes of one core
     python -m llmopt_lab.speculative_decoding.train_head train      # the weights; minutes of a GPU
-    python -m llmopt_lab.speculative_decoding.train_head card       # measures, writes head/
+    python -m llmopt_lab.speculative_decoding.train_head card       # writes lab-target-head/
 
 The text is that of the lab models (nn/corpus.py), a part of it, in the target's own tokens. The
 target is frozen and reads each window once; the head learns to predict the target's distribution
