@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 import aot
 
+from llmopt_lab.core.bench import load_results
 from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.errors import BadInput
 from llmopt_lab.distillation import kernels
@@ -273,6 +274,20 @@ def test_the_row_kernel_compiles_for_every_gpu_and_fits():
     ):
         assert facts["shared"] <= aot.TARGETS[target][3], (target, dtype)
         assert target != "sm_90" or facts["spills"] == 0, dtype
+
+
+def test_the_recorded_h200_results_meet_what_the_chapter_says():
+    (recorded,) = load_results("distillation")
+    rows = {case["title"].partition("from ")[2]: case["rows"] for case in recorded["cases"]}
+    row = rows["the teacher's logits"][0]
+    assert row["size"] == {"n_tokens": 8192, "d_model": 2048, "n_vocab": 49152}
+    ours, liger, naive = (
+        row["results"][name] for name in ("ours", "Liger, p ready", "materialised")
+    )
+    assert ours["median_ms"] <= liger["median_ms"]
+    assert ours["extra_bytes"] <= 0.82e9
+    assert naive["median_ms"] >= 2.3 * ours["median_ms"]
+    assert len(rows["the teacher's hidden states"]) == 1
 
 
 # --- on a GPU
