@@ -3,7 +3,7 @@ and the one that ships does what its card says."""
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -268,6 +268,8 @@ def test_with_lab_targets_head_greedy_text_is_plain_decodings_in_fewer_passes(la
 def test_its_card_holds_what_training_measured():
     training = json.loads((FOLDER / "training.json").read_text())
     card = (FOLDER / "README.md").read_text()
+    recipe = train_head.recipe_for(load("lab-target", device="cpu").model)
+    assert training["recipe"] == json.loads(json.dumps(asdict(recipe)))
     head = load_head()
     n_parameters = sum(weight.numel() for weight in head.parameters())
     assert training["parameters"] == n_parameters and f"{n_parameters:,} parameters" in card

@@ -49,7 +49,7 @@ class HeadRecipe:
     fade: float = 0.8  # weight of each such step over that of the one before
 
 
-def recipe_for(target: Transformer, steps: int = 3_000) -> HeadRecipe:
+def recipe_for(target: Transformer, steps: int = 1_000) -> HeadRecipe:
     """The recipe of the head that ships."""
     config = replace(target.config, n_layers=1)
     return HeadRecipe(Recipe(config, steps=steps, batch=32, context=1024, weight_decay=0.05))
