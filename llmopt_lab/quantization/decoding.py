@@ -114,6 +114,7 @@ def measure_way(name: str, way: str, device: torch.device, *, n_new: int, base: 
         use_kernels(model, keep_codes=False)
     if device.type == "cuda":
         gc.collect()
+        torch._C._cuda_clearCublasWorkspaces()  # of the model before
         torch.cuda.empty_cache()
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -130,7 +131,8 @@ def measure_way(name: str, way: str, device: torch.device, *, n_new: int, base: 
     }
     if device.type == "cuda":
         row["peak_bytes"] = torch.cuda.max_memory_allocated()
-        row |= step_ms(model, length=PROMPT)
+        if how is None or on_kernels:  # else it looks at the codes on the CPU: no graph
+            row |= step_ms(model, length=PROMPT)
         if trained:
             lm = load(name, device=device)
             text, n_bytes = held_out_windows(lm, 11, 1024)
