@@ -126,7 +126,8 @@ def inputs(sizes, *, dtype=torch.float32, device="cpu", seed=0):
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_results_and_gradients_equal_dense_attention_under_the_mask(name):
-    check_forward_and_backward(*inputs(ONE), PATTERNS[name](ONE.n_k))
+    sizes = ONE if name in WINDOWS else ONE._replace(n_heads=1)  # the interpreter is slow
+    check_forward_and_backward(*inputs(sizes), PATTERNS[name](sizes.n_k))
 
 
 @pytest.mark.parametrize("name", ["sinks", "symmetric window", "longformer"])
