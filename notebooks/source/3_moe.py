@@ -625,8 +625,8 @@ except ImportError as missing:
     print(missing)
 
 # %% [markdown]
-# Recorded on a GPU: every contender was first checked against an oracle in float64, then timed in the
-# same run. *Decode* is a few tokens: what counts there is how fast the weights of the experts that are
+# The next cell prints what was recorded on a GPU, if the package has it; for this chapter it has not yet. In a
+# recording every contender was first checked against an oracle in float64, then timed in the same run. *Decode* is a few tokens: what counts there is how fast the weights of the experts that are
 # touched are read. *Prefill* is thousands: there it is arithmetic. Before you look: for which of the
 # two would you expect a plain loop over the experts to be good enough?
 
