@@ -613,7 +613,7 @@ try:
         [17, 0, 100, 1], n_heads=6, n_kv_heads=2, d_head=64, block_size=16, device=pick_device()
     )
     error = (paged_attention_decode(*args) - decode_oracle(*args)).abs().max()
-    print(f"4 sequences of 17, 0, 100 and 1 tokens: largest error {error:.0e}")
+    print(f"4 sequences of 17, 0, 100 and 1 tokens: right within 1e-5: {error < 1e-5}")
 except ImportError as missing:
     print(missing)
 
