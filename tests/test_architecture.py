@@ -31,6 +31,9 @@ ROOM_FILE = {
     "cases": ({"*"}, {"core", "nn"}),
     "peers": ({"*"}, {"core"}),  # what cases.py times, where it is long
     "decoding": ({"*"}, {"core", "nn"}),  # whole models on the kernels, timed
+    "measure": ({"*"}, {"core", "nn"}),  # real models, measured for results/
+    "head_card": ({"*"}, {"core", "nn"}),  # the same for the draft head
+    "train_head": ({"*"}, {"core", "nn"}),
     "view": ({"records"}, {"core", "widgets"}),
     "__init__": ({"records", "reference", "siblings"}, {"core", "nn"}),
     "reference": ({"records", "reference", "siblings"}, {"core", "nn"}),
