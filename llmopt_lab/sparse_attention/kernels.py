@@ -1004,7 +1004,7 @@ class Walk(NamedTuple):
             len(self.terms), self.n_q, self.n_k, n_owners, n_walked,
             BLOCK_Q=self.block_q, BLOCK_K=self.block_k, FROM_TERMS=len(self.grid) == 0,
             OF_KEYS=of_keys, WIDTH=width, ONCE=n_walked <= width,
-            num_warps=max(1, min(4, width // 128)),
+            num_warps=max(1, min(4, width // 64)),      # one warp for 128 would spill
         )  # fmt: skip
         return blocks, n_full, n_live, 0 if n_lists == 1 else n_owners
 
