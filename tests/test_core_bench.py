@@ -1,6 +1,7 @@
 """Benchmarks: nothing wrong is timed, nothing absent is hidden, and the numbers add up."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,10 +138,20 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
     assert len(ours) == 3 and all(r["max_error"] < 1e-4 for r in ours)
 
 
-@pytest.mark.parametrize("room", ["paged_attention", "flash_attention", "quantization"])
-def test_recorded_results_name_their_machine_and_hold_raw_samples(room):
-    (recorded,) = bench.load_results(room)
-    assert "H100" in recorded["hardware"]["name"] and recorded["hardware"]["driver"]
+RECORDED = {
+    f"{folder.parent.name} {results['hardware']['name']}": results
+    for folder in sorted(Path(bench.__file__).parents[1].glob("*/results"))
+    for results in bench.load_results(folder.parent.name)
+}
+
+
+def test_recorded_results_of_several_rooms_are_found():
+    assert len(RECORDED) >= 6 and all(name.split()[2] in ("H100", "H200") for name in RECORDED)
+
+
+@pytest.mark.parametrize("recorded", RECORDED.values(), ids=RECORDED.keys())
+def test_recorded_results_name_their_machine_and_hold_raw_samples(recorded):
+    assert recorded["hardware"]["driver"]
     assert recorded["software"]["triton"] and recorded["commit"] and recorded["when"]
     for c in recorded["cases"]:
         for row in c["rows"]:
