@@ -48,6 +48,20 @@ def test_rates_follow_from_the_median_and_the_sizes():
     assert len(ours["samples_ms"]) >= 5 and ours["max_error"] == 0
 
 
+def test_contenders_take_turns_and_each_begins_one():
+    order = []
+
+    def counted(name: str) -> Contender:
+        return Contender(name, lambda x: lambda: order.append(name) or 2 * x)
+
+    results = results_of(counted("a"), counted("b"))
+    runs = [name for name, before in zip(order, [None, *order], strict=False) if name != before]
+    warm_ups, turns = runs[:2], runs[2:]
+    assert warm_ups == ["a", "b"] and len(turns) >= 2 * bench.TURNS - 3
+    assert abs(order.count("a") - order.count("b")) < 200
+    assert {len(results[name]["samples_ms"]) for name in ("a", "b")} <= {*range(6, 201)}
+
+
 def test_a_wrong_kernel_of_ours_stops_the_benchmark():
     wrong = Contender("ours too", lambda x: lambda: 2.001 * x, ours=True)
     with pytest.raises(WrongResult, match="ours too is wrong, so it was not timed"):

@@ -7,8 +7,9 @@ copies of the inputs, together several times the L2 cache, are visited in turn b
 in one CUDA graph (where the contender can be captured), as the layers of a model follow each
 other: every call reads cold memory, and launch gaps of Python stay out of the number. (Overwriting
 the L2 before each call instead charges the call for writing those dirty lines back: about 16 us on
-an H100.) Reported: the median of the replays with its 20th and 80th percentile. On a CPU, wall
-time of one input set. Raw samples go into the JSON.
+an H100.) The contenders take turns, so that a chip that gets hot slows all of them. Reported: the
+median of the replays with its 20th and 80th percentile. On a CPU, wall time of one input set. Raw
+samples go into the JSON, in the order they were taken.
 """
 
 import argparse
@@ -33,6 +34,8 @@ from llmopt_lab.core.memory import ceil_div
 
 COLD_BYTES = 512 << 20  # several times the L2 of any supported GPU
 MAX_SETS = 32  # input sets a case is timed on
+TURNS = 6  # rounds in which the contenders of a row are timed
+SECONDS = 0.3  # of samples for each contender
 FORMAT_VERSION = 1
 
 
@@ -85,32 +88,70 @@ class Timing:
     samples_ms: tuple[float, ...]
 
 
+class _Timer:
+    """Takes samples of one contender: a call for each of its input sets."""
+
+    def __init__(self, calls: Sequence[Callable[[], Tensor]], device: torch.device):
+        self.n_calls = len(calls)
+        self.samples: list[float] = []
+        if device.type != "cuda":
+            self.n_calls, self.how = 1, "wall"  # no cold memory to visit: one input set
+            self.replay, self.least = calls[0], 1
+            calls[0]()
+            return
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        self.replay, self.how = _capture(calls)
+        self.least = ceil_div(20, TURNS)
+        self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def take(self, seconds: float) -> None:
+        """Samples for about `seconds`, at most a turn's share of 200."""
+        if self.how != "wall":
+            self.replay()  # the one before left its own data in the caches
+        start = time.perf_counter()
+        for n in range(200 // TURNS):
+            if n >= self.least and time.perf_counter() - start > seconds:
+                break
+            self.samples.append(self._sample())
+
+    def _sample(self) -> float:
+        if self.how == "wall":
+            start = time.perf_counter()
+            self.replay()
+            return 1000 * (time.perf_counter() - start)
+        self.begin.record()
+        self.replay()
+        self.end.record()
+        torch.cuda.synchronize()
+        return self.begin.elapsed_time(self.end) / self.n_calls
+
+    def timing(self) -> Timing:
+        cuts = statistics.quantiles(self.samples, n=10, method="inclusive")
+        samples = tuple(round(s, 5) for s in self.samples)
+        return Timing(statistics.median(self.samples), cuts[1], cuts[7], self.how, samples)
+
+
+def _take_turns(timers: Sequence[_Timer], seconds: float) -> None:
+    """`seconds` of samples for each, in rounds that begin with another one each time."""
+    for turn in range(TURNS):
+        first = turn % len(timers)
+        for timer in (*timers[first:], *timers[:first]):
+            timer.take(seconds / TURNS)
+
+
 def time_calls(
-    calls: Sequence[Callable[[], Tensor]], device: torch.device, *, seconds: float = 0.3
+    calls: Sequence[Callable[[], Tensor]], device: torch.device, *, seconds: float = SECONDS
 ) -> Timing:
     """Time of one of `calls`, which do the same work on input sets of their own.
 
     On a GPU all of them are captured into one CUDA graph and replayed: launch gaps of Python stay
     out, and when the sets together exceed the L2 several times, each call reads cold memory.
     """
-    if device.type != "cuda":
-        return _time_on_cpu(calls[0], seconds)
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    replay, how = _capture(calls)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-
-    def sample() -> float:
-        begin.record()
-        replay()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / len(calls)
-
-    first = statistics.median(sample() for _ in range(5))
-    n = max(20, min(200, int(1000 * seconds / (first * len(calls)))))
-    return _summary([sample() for _ in range(n)], how)
+    timer = _Timer(calls, device)
+    _take_turns([timer], seconds)
+    return timer.timing()
 
 
 def _capture(calls: Sequence[Callable[[], Tensor]]) -> tuple[Callable[[], None], str]:
@@ -128,23 +169,6 @@ def _capture(calls: Sequence[Callable[[], Tensor]]) -> tuple[Callable[[], None],
         torch.cuda.synchronize()
         return run, "stream"
     return graph.replay, "graph"
-
-
-def _time_on_cpu(call: Callable[[], Tensor], seconds: float) -> Timing:
-    call()
-    samples = []
-    until = time.perf_counter() + seconds
-    while len(samples) < 5 or (time.perf_counter() < until and len(samples) < 200):
-        start = time.perf_counter()
-        call()
-        samples.append(1000 * (time.perf_counter() - start))
-    return _summary(samples, "wall")
-
-
-def _summary(samples: list[float], how: str) -> Timing:
-    cuts = statistics.quantiles(samples, n=10, method="inclusive")
-    rounded = tuple(round(s, 5) for s in samples)
-    return Timing(statistics.median(samples), cuts[1], cuts[7], how, rounded)
 
 
 @dataclass(frozen=True)
@@ -187,7 +211,7 @@ def run_case(
             n_sets = max(4, min(MAX_SETS, ceil_div(COLD_BYTES, case.min_bytes(**size))))
         sets = [inputs] + [_copy(inputs) for _ in range(n_sets - 1)]
         floor = roofline.floor_ms(case.min_bytes(**size), case.flops(**size))
-        results = {c.name: _run_contender(c, sets, want, device) for c in case.contenders}
+        results = _run_contenders(case.contenders, sets, want, device)
         for result in results.values():
             if "median_ms" in result:
                 seconds = result["median_ms"] / 1e3
@@ -214,34 +238,54 @@ def _copy(inputs: tuple) -> tuple:
     return tuple(x.clone() if isinstance(x, Tensor) else x for x in inputs)
 
 
-def _run_contender(contender: Contender, sets: list[tuple], want: Tensor, device) -> dict:
+def _run_contenders(contenders, sets: list[tuple], want: Tensor, device) -> dict[str, dict]:
+    """Check each, then time the right ones in turns: whoever ran alone would get a cooler chip."""
+    results, timers = {}, {}
+    for contender in contenders:
+        prepared = _prepare(contender, sets, want, device)
+        results[contender.name], timers[contender.name] = prepared
+    timers = {name: timer for name, timer in timers.items() if timer}
+    _take_turns([*timers.values()], SECONDS)
+    for name, timer in timers.items():
+        timing = timer.timing()
+        results[name] = {
+            "median_ms": timing.median_ms,
+            "p20_ms": timing.p20_ms,
+            "p80_ms": timing.p80_ms,
+            "how": timing.how,
+            **results[name],
+            "samples_ms": timing.samples_ms,
+        }
+    return results
+
+
+def _prepare(
+    contender: Contender, sets: list[tuple], want: Tensor, device
+) -> tuple[dict, _Timer | None]:
+    """What one call took and how wrong it was, and its timer; or why it is absent, and None."""
     try:
         calls = [contender.prepare(*inputs) for inputs in sets]
         extra_bytes, got = _extra_bytes(calls[0], device)
-    except ImportError as absent:  # Missing is one
-        return {"absent": str(absent)}
-    except torch.OutOfMemoryError:
-        return {"absent": "out of memory"}
-    except (RuntimeError, AttributeError, TypeError) as refused:
-        if contender.ours:
-            raise
-        return {"absent": f"refuses this input: {str(refused).strip().splitlines()[0][:200]}"}
-    try:
         assert_close(got, want, contender.name)
+        timer = _Timer(calls, device)
+    except ImportError as absent:  # Missing is one
+        return {"absent": str(absent)}, None
+    except torch.OutOfMemoryError:
+        return {"absent": "out of memory"}, None
     except AssertionError as wrong:
         if contender.ours:
             raise WrongResult(f"{contender.name} is wrong, so it was not timed. {wrong}") from wrong
-        return {"absent": f"wrong result: {str(wrong).strip().splitlines()[0][:200]}"}
-    timing = time_calls(calls, device)
-    return {
-        "median_ms": timing.median_ms,
-        "p20_ms": timing.p20_ms,
-        "p80_ms": timing.p80_ms,
-        "how": timing.how,
-        "extra_bytes": extra_bytes,
-        "max_error": (got.double() - want.double()).abs().max().item() if got.numel() else 0.0,
-        "samples_ms": timing.samples_ms,
-    }
+        return {"absent": f"wrong result: {_first_line(wrong)}"}, None
+    except (RuntimeError, AttributeError, TypeError) as refused:
+        if contender.ours:
+            raise
+        return {"absent": f"refuses this input: {_first_line(refused)}"}, None
+    max_error = (got.double() - want.double()).abs().max().item() if got.numel() else 0.0
+    return {"extra_bytes": extra_bytes, "max_error": max_error}, timer
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200]
 
 
 def _extra_bytes(call: Callable, device: torch.device) -> tuple[int | None, Tensor]:
