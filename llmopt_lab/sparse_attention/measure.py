@@ -66,7 +66,7 @@ PLANS = {
     },
     "smollm2-135m": {
         "n": 1000, "window": 252, "sinks": (0, 1, 4), "needles": 1, "distances": (160, 320),
-        "parts": ("sinks", "mass", "needle"),
+        "parts": ("sinks", "mass", "perplexity", "needle"),
     },
 }  # fmt: skip
 
