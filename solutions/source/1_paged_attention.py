@@ -376,6 +376,8 @@ check("paged_attention.gather_tokens", gather_tokens)
 # %% [markdown]
 # ## 6. What may a prefix cache reuse? (2 points, 10 minutes)
 #
+# *Needs section 4 of the lesson.*
+#
 # Many prompts begin alike: the same system prompt, the same document. Their first blocks hold the
 # same keys and values, so they may share them.
 #
@@ -502,6 +504,8 @@ check("paged_attention.append_token", append_token)
 # %% [markdown]
 # ## 8. Resume after a preemption (2 points, 10 minutes)
 #
+# *Needs section 4 of the lesson.*
+#
 # When blocks run out, the scheduler takes all blocks from the youngest request and lets it wait.
 # Later the request gets new blocks, and what was lost is computed again. If its beginning is in the
 # prefix cache, that part is reused.
@@ -610,6 +614,8 @@ check("paged_attention.choose_block_size", choose_block_size)
 
 # %% [markdown]
 # ## 10. The page walk in Triton (4 points, 30 minutes)
+#
+# *Needs section 5 of the lesson.*
 #
 # One decode step: each sequence has one new query for each head and attends to all its tokens. The
 # kernel reads keys and values where they are, block by block. Nothing is gathered first.

@@ -673,6 +673,8 @@ check("flash_attention.looks_ahead", looks_ahead)
 # %% [markdown]
 # ## 11. The forward kernel in Triton (5 points, 40 minutes)
 #
+# *Needs section 7 of the lesson.*
+#
 # One program serves one tile of queries of one head: the outer loop of exercise 2 has become the grid.
 # The program walks the keys in tiles, as there:
 #

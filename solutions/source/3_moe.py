@@ -585,6 +585,8 @@ check("moe.kept_visits", kept_visits)
 # %% [markdown]
 # ## 8. How many experts does a batch read? (3 points, 15 minutes)
 #
+# *Needs section 7 of the lesson.*
+#
 # "160x reduction", says the guide: 1.6 trillion parameters, of which one token meets few. In decoding,
 # time is bytes read. One token of Mixtral 8x7B reads 2 of 8 experts in a layer. But who serves one
 # user? With many tokens in a step, each chooses its own two.
@@ -699,6 +701,8 @@ check("moe.bias_step", bias_step)
 # %% [markdown]
 # ## 10. Who sends what to whom? (3 points, 15 minutes)
 #
+# *Needs section 8 of the lesson.*
+#
 # DeepSeek-V3 has 256 experts in a layer: they do not fit on one GPU. With *expert parallelism* each rank
 # (one process, one GPU) holds neighbouring experts, as many as the others, and tokens of its own. For
 # each visit the token's row travels to the rank of the expert, and the result travels back: two
@@ -755,6 +759,8 @@ check("moe.exchange", exchange)
 
 # %% [markdown]
 # ## 11. The grouped product in Triton (5 points, 40 minutes)
+#
+# *Needs section 6 of the lesson.*
 #
 # In exercise 6 experts run one after the other. With few visitors each of them leaves most of a GPU idle.
 # A *grouped* product runs all of them in one launch: the grid has programs for every expert, and each

@@ -703,6 +703,8 @@ check("quantization.gptq", gptq)
 # %% [markdown]
 # ## 10. Which channels matter? (3 points, 15 minutes)
 #
+# *Needs section 4 of the lesson.*
+#
 # AWQ starts from an observation: keep 1 % of the input channels in float, the *right* 1 %, and most of
 # the damage is gone. Which ones are right? Not those with the largest weights, says the paper, but those
 # with the largest *inputs*.
@@ -783,6 +785,8 @@ print("lab-target:", ablation(weight, x, 4))
 # %% [markdown]
 # ## 11. The product that never sees the matrix (3 points, 20 minutes)
 #
+# *Needs section 6 of the lesson.*
+#
 # The guide's table gives INT4 8 times the speed of FP32. Nothing gets faster by itself: the obvious way
 # makes the weights float again and multiplies. In one token's time that reads the codes, *writes* the
 # float matrix, and reads it.
@@ -851,6 +855,8 @@ check("quantization.w4a16_linear", w4a16_linear)
 
 # %% [markdown]
 # ## 12. The W4A16 kernel in Triton (5 points, 40 minutes)
+#
+# *Needs section 6 of the lesson.*
 #
 # One program makes a tile of out: TILE_M rows of x against TILE_N rows of the weight. It walks the
 # groups, as in exercise 11. What is new is that a byte holds two columns, and there is no cheap way to

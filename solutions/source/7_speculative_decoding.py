@@ -527,6 +527,8 @@ check("speculative_decoding.best_plan", best_plan)
 # %% [markdown]
 # ## 10. The text as its own draft (2 points, 12 minutes)
 #
+# *Needs section 4 of the lesson.*
+#
 # A draft need not be a model. Who edits code, or answers from a document, repeats long pieces of the
 # prompt. So guess that the text goes on as it did the last time:
 #
@@ -562,6 +564,8 @@ check("speculative_decoding.lookup_guesses", lookup_guesses)
 
 # %% [markdown]
 # ## 11. The mask of a tree (2 points, 10 minutes)
+#
+# *Needs section 4 of the lesson.*
 #
 # Why guess one continuation, if the second likeliest token is often the right one? A tree of guesses
 # goes through the target in one pass, too, if every node sees only its own past:
@@ -601,6 +605,8 @@ check("speculative_decoding.tree_attention", tree_attention)
 
 # %% [markdown]
 # ## 12. The judge as a kernel in Triton (5 points, 40 minutes)
+#
+# *Needs section 7 of the lesson.*
 #
 # In a vocabulary of 128,000 a row of logits is half a megabyte. The usual torch code makes two
 # softmaxes, a ratio, a difference, a clamp, a sum, a division and a draw of it, and each of them reads
