@@ -338,7 +338,7 @@ Player([waste_frame(size) for size in sizes], title="Internal fragmentation", st
 # workload, four ways to hand out 65,536 slots: reserve the most a request may get; reserve its true
 # length, as an oracle would; blocks of 16; blocks of 256.
 
-# %%
+# %% id="takeaway"
 from llmopt_lab.paged_attention.waste import replay, workload
 
 rng = torch.Generator().manual_seed(3)

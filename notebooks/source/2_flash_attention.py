@@ -237,7 +237,7 @@ except RuntimeError as refused:
 # no width, no number of heads: nobody can check that. Here are both functions, one head of width 64
 # in float32, with the most memory each holds at once, as torch's allocator reports it:
 
-# %% tags=["timing", "nbval-ignore-output"]
+# %% id="takeaway" tags=["timing", "nbval-ignore-output"]
 from llmopt_lab.flash_attention.cases import cost_of
 
 print("     N   standard MiB   guide's flash MiB   ratio   standard ms   guide's flash ms   ratio")

@@ -165,7 +165,7 @@ Player(frames(trace), title="Experts choose two tokens each")
 # O() of a constant says nothing. **"Switch Transformer (1.6T) ... O(10B) operations (160x reduction!)"**
 # and **"Mixtral 8x7B: 8 experts, top-2 routing (47B active)"**: count, from the models' own sizes.
 
-# %%
+# %% id="takeaway"
 from llmopt_lab.moe.sizes import PUBLISHED, ModelSize
 
 print(f"{'':14}{'all, billions':>14}{'active':>9}{'all / active':>14}{'GiB in 16 bits':>16}")

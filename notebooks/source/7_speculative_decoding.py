@@ -417,7 +417,7 @@ axes[0].set_ylabel("times as fast as plain decoding")
 axes[0].legend(fontsize=7)
 figure.tight_layout()
 
-# %%
+# %% id="takeaway"
 run = next(r for r in recorded["runs"] if (r["prompt"], r["draft"]) == ("fresh", "lab-draft"))
 print(" k   alpha   tokens a call   pass of k + 1   speed-up   predicted   if that pass cost 1")
 for row in run["rows"]:
