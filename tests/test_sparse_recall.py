@@ -9,11 +9,18 @@ from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.errors import BadInput
 from llmopt_lab.nn import ModelConfig, Transformer, load
 from llmopt_lab.sparse_attention import measure
+from llmopt_lab.sparse_attention.block_lists import lists_of
 from llmopt_lab.sparse_attention.cases import Sizes, attention_inputs
-from llmopt_lab.sparse_attention.io_model import layers_to_reach
+from llmopt_lab.sparse_attention.io_model import (
+    block_costs,
+    flops,
+    layers_to_reach,
+    sparse_traffic,
+)
 from llmopt_lab.sparse_attention.patterns import Causal, SlidingWindow, Strided, streaming
 from llmopt_lab.sparse_attention.recall import (
     block_mass,
+    block_shares,
     layers_inputs,
     mass_recall,
     needle,
@@ -49,6 +56,26 @@ def test_the_mass_of_blocks_adds_up_to_all_of_it():
     assert mass.shape == (2, 2, 5, 4)
     assert_close(mass.sum((-1, -2)), torch.full((2, 2), 2 * 23.0, dtype=p.dtype))
     assert_close(mass[1, 0, 4, 2], p[1, :2, 20:, 14:21].sum())
+
+
+def test_the_shares_of_blocks_are_means_over_their_queries():
+    _, _, p = attention()
+    shares = block_shares(p, 5, 7)
+    assert shares.shape == (2, 4, 5, 4)
+    assert_close(shares.sum(-1), torch.ones(2, 4, 5, dtype=p.dtype))
+    assert_close(shares[1, 3, 4, 2], p[1, 3, 20:, 14:21].sum() / 3)  # the last block is shorter
+
+
+def test_costs_block_by_block_add_up_to_those_of_a_run():
+    n, sizes = 23, {"tile_q": 5, "tile_k": 7}
+    costs = block_costs(n, **sizes, d_head=8, itemsize=8)
+    x = torch.empty(n, 8, dtype=torch.float64)
+    live = torch.rand(5, 4, generator=torch.Generator().manual_seed(0)) < 0.4
+    lists = lists_of(live, live, n, n, 5, 7)
+    assert costs.fixed_nbytes + costs.nbytes[live].sum() == sparse_traffic(lists, x, x, x).total
+    assert costs.flops[live].sum() == flops(lists, x, x, x)
+    with pytest.raises(BadInput, match="sizes must be positive"):
+        block_costs(0, **sizes, d_head=8)
 
 
 def test_reach_grows_by_a_window_a_layer():

@@ -66,6 +66,29 @@ def flops(lists: BlockLists, q: Tensor, k: Tensor, v: Tensor) -> int:
     return 2 * (k.shape[-1] + v.shape[-1]) * pairs * _heads_a_list(lists, q)
 
 
+class BlockCosts(NamedTuple):
+    """What each block adds when one head visits it, and what it moves whatever it visits."""
+
+    nbytes: Tensor  # (row_blocks, col_blocks) int64, of K and V
+    flops: Tensor  # (row_blocks, col_blocks) int64, of both products
+    fixed_nbytes: int  # of Q and O
+
+
+def block_costs(n: int, *, tile_q: int, tile_k: int, d_head: int, itemsize: int = 4) -> BlockCosts:
+    """Costs block by block, n queries and keys of width d_head: sums of them are `sparse_traffic`
+    and `flops` of one head."""
+    require(
+        min(n, tile_q, tile_k, d_head, itemsize) > 0,
+        f"sizes must be positive; got {n}, {tile_q}, {tile_k}, {d_head}, {itemsize}",
+    )
+    rows, cols = (
+        torch.tensor([where.stop - where.start for where in tiles(n, size)])
+        for size in (tile_q, tile_k)
+    )
+    nbytes = (2 * d_head * itemsize * cols).expand(len(rows), -1)
+    return BlockCosts(nbytes, 4 * d_head * rows[:, None] * cols, 2 * n * d_head * itemsize)
+
+
 def useful_flops(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> int:
     """Floating-point operations of both products over the pairs that count, and no other."""
     pairs = visible_pairs(pattern, q.shape[-2], k.shape[-2])

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from llmopt_lab.core.errors import require
-from llmopt_lab.core.memory import ceil_div
+from llmopt_lab.core.memory import ceil_div, tiles
 from llmopt_lab.nn.transformer import Transformer, causal_attention
 from llmopt_lab.sparse_attention.patterns import Pattern
 
@@ -44,6 +44,16 @@ def block_mass(p: Tensor, tile_q: int, tile_k: int, n_kv_heads: int) -> Tensor:
     whole = pad(p, (0, cols * tile_k - n_k, 0, rows * tile_q - n_q))
     blocks = whole.unflatten(-1, (cols, tile_k)).sum(-1).unflatten(-2, (rows, tile_q)).sum(-2)
     return blocks.unflatten(-3, (n_kv_heads, -1)).sum(-3)
+
+
+def block_shares(p: Tensor, tile_q: int, tile_k: int) -> Tensor:
+    """Attention of each block of queries on each block of keys, the mean over its queries.
+
+    (.., n_heads, row_blocks, col_blocks); a row sums to 1 as those of `p` do.
+    """
+    summed = block_mass(p, tile_q, tile_k, p.shape[-3])
+    sizes = [rows.stop - rows.start for rows in tiles(p.shape[-2], tile_q)]
+    return summed / torch.tensor(sizes, dtype=p.dtype, device=p.device)[:, None]
 
 
 @torch.no_grad()
