@@ -8,6 +8,7 @@ from llmopt_lab.core.errors import BadInput
 from llmopt_lab.nn import ModelConfig, Transformer
 from llmopt_lab.sparse_attention import sparse_attention
 from llmopt_lab.sparse_attention.attend import PatternAttend, TopBlocksAttend, attend
+from llmopt_lab.sparse_attention.block_lists import lists_of
 from llmopt_lab.sparse_attention.cases import Sizes, attention_inputs, patterns
 from llmopt_lab.sparse_attention.patterns import Causal, SlidingWindow, longformer, streaming
 from llmopt_lab.sparse_attention.select import top_blocks
@@ -42,6 +43,14 @@ def test_chosen_blocks_equal_the_reference_on_a_cpu():
     lists = top_blocks(q, k, Causal(), n_blocks=2, tile_q=5, tile_k=5, always=always)
     want = sparse_attention(q, k, v, Causal(), lists=lists, scale=0.3)
     assert_close(chosen(q, k, v, layer=0, scale=0.3), want)
+
+
+def test_lists_that_all_heads_share_equal_the_reference_on_a_cpu():
+    q, k, v = attention_inputs(Sizes(23, 23, 8, 8, batch=2, n_heads=4, n_kv_heads=2))
+    live = torch.rand(5, 5, generator=torch.Generator().manual_seed(0)) < 0.5
+    lists = lists_of(live, torch.zeros_like(live), 23, 23, 5, 5)
+    want = sparse_attention(q, k, v, Causal(), lists=lists, scale=0.3)
+    assert_close(attend(q, k, v, Causal(), scale=0.3, lists=lists), want)
 
 
 def test_a_causal_pattern_gives_the_models_own_logits():

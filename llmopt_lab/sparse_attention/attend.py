@@ -73,7 +73,9 @@ def attend(
     if lists is not None:
         tokens = lists.live().repeat_interleave(lists.tile_q, -2)[..., : lists.n_q, :]
         tokens = tokens.repeat_interleave(lists.tile_k, -1)[..., : lists.n_k]
-        mask = mask & tokens.repeat_interleave(q.shape[1] // k.shape[1], -3)
+        if tokens.ndim > 2:  # a list a KV head, else all heads share one
+            tokens = tokens.repeat_interleave(q.shape[1] // k.shape[1], -3)
+        mask = mask & tokens
     blind = ~mask.any(-1, keepdim=True)  # torch's softmax of nothing is NaN
     out = scaled_dot_product_attention(
         q, k, v, attn_mask=mask | blind, scale=scale, enable_gqa=True
