@@ -21,6 +21,7 @@ from llmopt_lab.distillation import (
 )
 from llmopt_lab.distillation.cases import (
     LIVE,
+    Remembered,
     live_student,
     live_text,
     random_batches,
@@ -419,9 +420,23 @@ def test_a_lessons_student_trains_on_text_that_it_is_not_measured_on():
     texts = [t for i, t in enumerate(documents) if i % 4 == 2 and len(t) < 20_000]
     assert sum(unseen.n_bytes) == sum(len(text.encode()) for text in texts)
     recipe = replace(LIVE, steps=6, batch=4, context=32, reports=2)
-    student, curve = live_student(lm, Method(), recipe, progress=False)
-    assert curve[-1]["heldout_bits_per_byte"] < curve[0]["heldout_bits_per_byte"]
+    student, curve, bits = live_student(lm, Method(), recipe, progress=False)
+    assert [point["step"] for point in curve] == [3, 6]
+    assert bits < bits_per_byte(fresh(recipe.config, recipe.seed), unseen, recipe.context)
     assert student.config.n_parameters < 500_000
+
+
+def test_a_remembered_teacher_gives_its_logits_and_is_asked_once():
+    teacher = as_teacher(random_model(0, dtype=torch.float32))
+    remembered = Remembered(teacher)
+    rows = tokens_of(4, 6)
+    first = remembered(rows)
+    assert torch.equal(first, teacher(rows).half().float())
+    remembered.layers = None  # a second pass would fail
+    assert torch.equal(remembered(rows), first)
+    assert torch.equal(remembered(rows, last_only=True), first[:, -1:])
+    with pytest.raises(TypeError):
+        remembered(rows.view(2, 12))  # the same tokens in other rows are another batch
 
 
 # --- what is kept of the teacher
