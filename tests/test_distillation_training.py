@@ -375,9 +375,15 @@ def test_the_step_minimises_what_the_reference_says():
 
 
 def test_training_records_what_both_models_expect_after_the_probe():
+    seen = []
     with recording(Stepped) as trace:
-        run(METHODS["distilled"], probe=tokens_of(5))
+        run(
+            METHODS["distilled"],
+            probe=tokens_of(5),
+            watch=lambda: seen.append(len(trace.of(Stepped))),
+        )
     steps = trace.of(Stepped)
+    assert seen == [1, 2, 3, 4]  # whoever watches finds this report recorded
     assert [step.step for step in steps] == [3, 6, 9, 12]
     assert torch.equal(steps[0].p, steps[-1].p) and not torch.equal(steps[0].q, steps[-1].q)
     assert_close(steps[-1].q.sum(), torch.ones(()))

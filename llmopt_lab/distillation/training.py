@@ -80,6 +80,7 @@ def train(
     checkpoint: Path | None = None,
     evaluate: Callable[[Transformer], float] | None = None,
     probe: Tensor | None = None,
+    watch: Callable[[], None] | None = None,
     progress: bool = True,
 ) -> list[dict]:
     """Train `student` in place; one seed, recipe and method give one student, up to rounding.
@@ -93,6 +94,7 @@ def train(
         checkpoint: file to go on from if it is there, written at each report.
         evaluate: (student in evaluation mode) -> held-out bits per byte, at each report.
         probe: (n,) int64; record what both models expect after it, at each report.
+        watch: called after each report, for example to show what was recorded so far.
 
     Returns:
         The curve, `recipe.reports` points: step, tokens, loss (what was minimised, mean since the
@@ -195,6 +197,8 @@ def train(
             if probe is not None:
                 p, q = (next_token(model, probe) for model in (teacher, student))
                 record(Stepped(step, point["loss"], p, q))
+            if watch is not None:
+                watch()
             bar.set_postfix_str(
                 ", ".join(f"{k} {v:.3f}" for k, v in point.items() if isinstance(v, float))
             )

@@ -538,7 +538,8 @@ Explore(
 # of 256 tokens on this CPU, from files that the teacher was not trained on either. That is nothing; you see
 # only the very beginning. Most of the time is the *teacher's*: it is the larger model. So it answers each
 # batch once, and its logits are kept (160 MiB, all of each row in 16 bits); further runs take less than half
-# of the time. What is measured at the end are 20 kB of yet other files.
+# of the time. Bits a byte are of 20 kB of yet other files. The picture is drawn anew every ten steps: what
+# both expect after `def read(self, path): return self`.
 
 # %% tags=["timing", "nbval-ignore-output"]
 import time
@@ -547,31 +548,34 @@ from llmopt_lab.distillation import Method
 from llmopt_lab.distillation.cases import Remembered, live_student
 from llmopt_lab.distillation.records import Stepped
 from llmopt_lab.distillation.view import training_frames
+from llmopt_lab.widgets.live import Live
 
 tutor = Remembered(lm.model)
 probe = lm.encode("    def read(self, path):\n        return self")
 done = {}
 
 
-def train_here(temperature, soft_weight, progress=False):
+def train_here(temperature, soft_weight, live=None):
     """(trace, bits a byte, seconds) of a run; trained once, then remembered."""
     key = (temperature if soft_weight else 1.0), soft_weight
     if key not in done:
         method = Method(soft_weight=soft_weight, temperature=temperature)
+        watch = live and (lambda: live.show(training_frames(trace, words=tokens)[-1]))
         start = time.perf_counter()
         with recording(Stepped) as trace:
-            _, _, bits = live_student(lm, method, teacher=tutor, probe=probe, progress=progress)
+            _, _, bits = live_student(
+                lm, method, teacher=tutor, probe=probe, watch=watch, progress=False
+            )
         done[key] = trace, bits, time.perf_counter() - start
     return done[key]
 
 
-_, bits, seconds = train_here(1.0, 0.7, progress=True)
+_, bits, seconds = train_here(1.0, 0.7, live=Live())
 print(f"{seconds:.0f} seconds, {bits:.3f} bits a byte")
 
 # %% [markdown]
-# Scrub through that run: what both expect after `def read(self, path): return self`. The sliders train
-# another student, from the same random weights, on the same batches: wait some ten seconds. At share 0 the
-# teacher is not asked at all.
+# Scrub through that run. The sliders train another student, from the same random weights, on the same batches:
+# wait some ten seconds. At share 0 the teacher is not asked at all.
 
 # %% tags=["timing", "nbval-ignore-output"]
 def scrub(temperature, soft_weight):
