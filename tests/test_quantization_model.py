@@ -1,6 +1,7 @@
 """Quantization of whole models: linear layers, blocks, caches, training, formats, checkpoints."""
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -13,13 +14,21 @@ from torch import nn
 from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.errors import BadInput
 from llmopt_lab.nn import KVCache, ModelConfig, Transformer, generate, load
-from llmopt_lab.quantization import dequantize, gptq, hessian_of, quantize, unpack_int4
+from llmopt_lab.quantization import (
+    dequantize,
+    gptq,
+    hessian_of,
+    measure,
+    quantize,
+    unpack_int4,
+)
 from llmopt_lab.quantization.cases import layer
 from llmopt_lab.quantization.gptq import output_error
 from llmopt_lab.quantization.input_scales import awq_clip
 from llmopt_lab.quantization.kv_cache import QuantizedKVCache
 from llmopt_lab.quantization.linear import QuantizedLinear, W8A8Linear
 from llmopt_lab.quantization.model import linear_nbytes, quantize_model
+from llmopt_lab.quantization.perplexity import perplexity
 from llmopt_lab.quantization.qat import (
     FakeQuantize,
     FakeQuantizedLinear,
@@ -461,3 +470,16 @@ def test_training_refuses_what_cannot_train():
         FakeQuantize(9)
     with pytest.raises(BadInput, match="one symmetric scale"):
         FakeQuantize(4, group_size=8, straight_through=False)
+
+
+def test_every_planned_calibration_was_measured_on_the_recorded_text():
+    """By `python -m llmopt_lab.quantization.measure`; the lesson says what noise is worth."""
+    for name, record in json.loads(measure.RESULTS.read_text())["models"].items():
+        rows, held_out = record["calibrations"], record["held_out"]
+        planned = measure.calibrations(name)
+        assert [{key: row[key] for key in ("source", "windows", "how")} for row in rows] == planned
+        for row in rows:
+            assert row["excess"] == row["bits_per_byte"] - record["float"]["bits_per_byte"]
+            assert row["perplexity"] == perplexity(
+                row["bits_per_byte"], held_out["tokens"], held_out["bytes"]
+            )

@@ -1,4 +1,4 @@
-"""Held-out bits per byte of quantized models: ways, bits, groups, formats, rotations, activations.
+"""Held-out bits per byte of quantized models, by way, bits, group, format, rotation, calibration.
 
     python -m llmopt_lab.quantization.measure                  # goes on where a run was cut off
     python -m llmopt_lab.quantization.measure --models lab-target
@@ -51,6 +51,7 @@ SLICES = {
         "symmetric": (True, False),
         "methods": METHODS,
         "few_variants": False,
+        "calibrations": tuple(product(("text", "random tokens"), (8, 64), METHODS[1:3])),
     },
     "smollm2-135m": {
         "calibration": (16, 256),
@@ -59,6 +60,7 @@ SLICES = {
         "symmetric": (True,),
         "methods": METHODS[:3],
         "few_variants": True,
+        "calibrations": (),
     },
 }
 
@@ -140,6 +142,37 @@ def measure(name: str, results: dict, save) -> None:
         )
         save()
         print(f"{name} {variant}: {bits - base:+.4f} bits per byte", flush=True)
+    compared = found.setdefault("calibrations", [])
+    for case in calibrations(name):
+        if any(case.items() <= row.items() for row in compared):
+            continue
+        windows = calibration
+        if case["source"] == "random tokens":
+            rng = torch.Generator().manual_seed(0)
+            windows = torch.randint(lm.config.n_vocab, calibration.shape, generator=rng)
+        model = quantize_model(
+            lm.model, calibration=windows[: case["windows"]], progress=False, **case["how"]
+        )
+        bits = bits_per_byte(model, tokens, n_bytes)
+        compared.append(
+            case
+            | {
+                "bits_per_byte": bits,
+                "excess": bits - base,
+                "perplexity": perplexity(bits, n_tokens, n_bytes),
+            }
+        )
+        save()
+        print(f"{name} {case}: {bits - base:+.4f} bits per byte", flush=True)
+
+
+def calibrations(name: str) -> list[dict]:
+    """What to calibrate on, for 3 bits in groups of 128: windows of text, or of random tokens."""
+    how = {"bits": 3, "group_size": 128}
+    return [
+        {"source": source, "windows": n, "how": method | how}
+        for source, n, method in SLICES[name]["calibrations"]
+    ]
 
 
 def variants(*, few: bool) -> list[dict]:
