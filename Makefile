@@ -32,14 +32,12 @@ lab: .venv/ready
 		--LabApp.default_url=/lab/tree/notebooks/0_start_here.ipynb $(ARGS)
 
 test: .venv/ready-for-tests .venv-colab/ready
-	@echo "== 1/4 Code style"
+	@echo "== 1/3 Code style"
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	@echo "== 2/4 Badges in the README belong to the address in pyproject.toml"
+	@echo "== 2/3 Badges in the README belong to the address in pyproject.toml"
 	.venv/bin/llmopt badges --check
-	@echo "== 3/4 The built notebooks belong to their sources"
-	.venv/bin/python -m llmopt_lab.build --check
-	@echo "== 4/4 Tests, on two processes"
+	@echo "== 3/3 Tests, on two processes"
 	.venv/bin/python -m pytest -n 2 --dist loadfile --timeout 900 $(ARGS)
 
 notebooks: .venv/ready-for-tests

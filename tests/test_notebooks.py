@@ -1,4 +1,4 @@
-"""The published lessons, run by nbval against the outputs stored in them."""
+"""The notebooks belong to their sources; the lessons run by nbval against their stored outputs."""
 
 import os
 import subprocess
@@ -9,10 +9,34 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from llmopt_lab import build
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SECONDS = 90
 each_lesson = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def test_every_built_notebook_has_a_source():
+    assert build.orphans(ROOT) == []
+
+
+@each_lesson
+def test_a_lesson_has_the_cells_of_its_source(path):
+    """Its outputs are nbval's, below."""
+    built, fresh = (
+        nbformat.read(path, as_version=4),
+        build.read_source(path.parent / "source" / f"{path.stem}.py"),
+    )
+    parts = [[(c.id, c.cell_type, c.source, c.metadata) for c in n.cells] for n in (built, fresh)]
+    assert parts[0] == parts[1], f"run: make notebooks ARGS={path.stem.partition('_')[2]}"
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize("source", build.sources(ROOT, "exercises"), ids=lambda path: path.stem)
+def test_solutions_and_exercises_are_what_their_source_builds(source):
+    for path, text in build.outputs_of(source).items():
+        assert build.difference(path, text) == ""
 
 
 @pytest.mark.notebook
