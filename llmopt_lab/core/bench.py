@@ -104,7 +104,7 @@ class _Timer:
         torch.cuda.synchronize()
         self.replay, self.how = _capture(calls)
         self.least = ceil_div(20, TURNS)
-        self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
 
     def take(self, seconds: float) -> None:
         """Samples for about `seconds`, at most a turn's share of 200."""
@@ -121,11 +121,12 @@ class _Timer:
             start = time.perf_counter()
             self.replay()
             return 1000 * (time.perf_counter() - start)
-        self.begin.record()
+        begin, end = self.events
+        begin.record()
         self.replay()
-        self.end.record()
+        end.record()
         torch.cuda.synchronize()
-        return self.begin.elapsed_time(self.end) / self.n_calls
+        return begin.elapsed_time(end) / self.n_calls
 
     def timing(self) -> Timing:
         cuts = statistics.quantiles(self.samples, n=10, method="inclusive")
@@ -290,8 +291,8 @@ def _first_line(error: Exception) -> str:
 
 def _extra_bytes(call: Callable, device: torch.device) -> tuple[int | None, Tensor]:
     """Most GPU memory that one call took, its result included, and the result, as one tensor."""
-    call()  # compiles, and makes what is kept between calls
     if device.type == "cuda":
+        call()  # compiles, and makes what is kept between calls
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -228,21 +228,21 @@ CASES = (
             for b in (1, 4, 16, 32, 64, 128)
             for n in ((4096, 32768) if b == 1 else (2048, 4096))
         ],
-        {"batch": 2, "n_tokens": 256},
+        {"batch": 2, "n_tokens": 40},
         PAGED + CONTIGUOUS,
     ),
     _case(
         "decode, lengths uniform from 1 to the longest",
         _uniform,
         [{"batch": b, "longest": n} for b, n in ((16, 2048), (16, 4096), (64, 4096), (64, 16384))],
-        {"batch": 3, "longest": 100},
+        {"batch": 3, "longest": 40},
         PAGED,
     ),
     _case(
         "decode, one long sequence among short ones",
         _one_long,
         [{"longest": 32768, "others": 1024, "n_others": 31}],
-        {"longest": 200, "others": 20, "n_others": 2},
+        {"longest": 100, "others": 10, "n_others": 2},
         PAGED,
     ),
 )
