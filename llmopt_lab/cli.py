@@ -135,6 +135,9 @@ def _parser(command: str) -> argparse.ArgumentParser:
     for name, module, summary in (
         ("grade", "llmopt_lab.grading.grade", "points and hints for exercise notebooks"),
         ("bench", "llmopt_lab.core.bench", "check a chapter's contenders, then time them"),
+        ("syllabus", "llmopt_lab.workshop.syllabus", "an agenda, notebooks and slides for a class"),
+        ("release", "llmopt_lab.workshop.release", "the course without solutions, for students"),
+        ("site", "llmopt_lab.workshop.site", "static pages in which the players still play"),
     ):
         subparser = commands.add_parser(name, help=summary)
         if name == command:

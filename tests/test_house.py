@@ -286,7 +286,10 @@ def test_without_records_keeps_comments_layout_and_blocks_that_would_be_empty():
     assert cli.without_records(source) == bare
 
 
-@pytest.mark.parametrize("command", ["doctor", "show", "grade", "bench", "badges"])
+@pytest.mark.parametrize(
+    "command",
+    ["doctor", "show", "grade", "bench", "badges", "syllabus", "release", "site"],
+)
 def test_every_subcommand_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as done:
         cli.main([command, "--help"])

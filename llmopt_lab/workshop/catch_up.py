@@ -14,11 +14,11 @@ from pathlib import Path
 from llmopt_lab.core.errors import require
 
 
-def catch_up(name: str, number: int, folder: Path | None = None) -> None:
-    """Run the solutions of exercises 1 to `number` of a notebook in the caller's namespace.
+def catch_up(name: str, number: int, namespace: dict | None = None) -> None:
+    """Run the solutions of exercises 1 to `number` in `namespace`, the caller's if None.
 
-    Looks into `catch_up` in `folder` (the current one) and in the folder above. Without the file
-    it says so and changes nothing.
+    Looks for the folder `catch_up` in the current folder and in the one above. Without the file it
+    says so and changes nothing.
 
     Raises:
         BadInput: `name` or `number` is not that of an exercise notebook.
@@ -27,13 +27,14 @@ def catch_up(name: str, number: int, folder: Path | None = None) -> None:
         re.fullmatch(r"\d_\w+", name) is not None and number >= 1,
         f"catch_up wants a notebook's name and an exercise's number; got {name!r} and {number}",
     )
-    here = (folder or Path.cwd()).resolve()
+    here = Path.cwd().resolve()
     places = [base / "catch_up" / f"{name}_{number}.py" for base in (here, here.parent)]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         print(f"Not handed out yet: {places[-1].name}. Your instructor puts it into {here.parent}.")
         return
-    namespace = inspect.currentframe().f_back.f_globals
+    if namespace is None:
+        namespace = inspect.currentframe().f_back.f_globals
     before = dict(namespace)
     exec(compile(file.read_text("utf-8"), str(file), "exec"), namespace)
     loaded = [

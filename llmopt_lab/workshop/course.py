@@ -32,15 +32,15 @@ START = "0_start_here"
 Place = tuple[str, int]  # a lesson's name and the number of one of its sections
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Section:
-    """One section of a lesson, or one exercise."""
+    """One section of a lesson, or one exercise. There is one object of each."""
 
     notebook: str  # "1_paged_attention"
     number: int
     title: str
     minutes: int
-    cells: tuple = field(repr=False, compare=False, hash=False)
+    cells: tuple = field(repr=False)
     points: int = 0  # of an exercise; 0 for a lesson's section
     needs: frozenset[Place] = frozenset()  # sections of lessons to be taught before
 

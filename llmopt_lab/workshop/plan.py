@@ -113,13 +113,14 @@ def _with_needs(sections: set[Section], course: Sequence[Chapter]) -> set[Sectio
     places = {s.place: s for chapter in course for s in chapter.sections}
     todo, found = list(sections), set(sections)
     while todo:
-        for place in todo.pop().needs - {s.place for s in found if not s.points}:
+        for place in todo.pop().needs:
             require(
                 place in places,
                 f"section {place[1]} of {place[0]} is needed, and there is no such section",
             )
-            found.add(places[place])
-            todo.append(places[place])
+            if places[place] not in found:
+                found.add(places[place])
+                todo.append(places[place])
     return found
 
 
@@ -145,21 +146,22 @@ def _schedule(sections: set[Section], course: Sequence[Chapter], minutes: int):
 def _in_order(sections: set[Section], course: Sequence[Chapter]) -> list[Section]:
     """Chapter by chapter; an exercise follows the last section it needs; a chapter's last section
     comes last. The introduction's last section, where to go, closes the whole."""
-    ordered, closing = [], []
+    ordered: list[Section] = []
+    closing: list[Section] = []
+    taught: set[Place] = set()
     for chapter in course:
-        lesson = [s for s in chapter.sections if s in sections]
-        tasks = [s for s in chapter.exercises if s in sections]
-        last = lesson[-1:] if lesson and lesson[-1] == chapter.sections[-1] else []
-        for section in lesson[: len(lesson) - len(last)]:
-            ordered.append(section)
-            seen = {s.place for s in ordered}
-            ready = [t for t in tasks if t.needs <= seen and t not in ordered]
-            ordered += ready
-        ordered += [t for t in tasks if t not in ordered]
-        if chapter.name == START:
-            closing = last
-        else:
-            ordered += last
+        *lesson, last = chapter.sections
+        waiting = [task for task in chapter.exercises if task in sections]
+        for section in lesson:
+            if section in sections:
+                ordered.append(section)
+                taught.add(section.place)
+                ordered += [task for task in waiting if task.needs <= taught]
+                waiting = [task for task in waiting if not task.needs <= taught]
+        if last in sections:
+            (closing if chapter.name == START else ordered).append(last)
+            taught.add(last.place)
+        ordered += waiting
     return ordered + closing
 
 
