@@ -390,7 +390,7 @@ print(f"RTE above a coin's 50: {(59.9 - 50) / (69.3 - 50):.0%} kept. "
 # All was recorded. Bits a byte and accuracy are of held-out Python, *share* is of the teacher's accuracy,
 # *agrees* is how often both have the same first choice.
 
-# %%
+# %% id="takeaway"
 import json
 
 from llmopt_lab.distillation.ship import RESULTS
