@@ -7,6 +7,7 @@
 The compiler itself checks neither that shared memory fits the chip nor that registers do.
 """
 
+import functools
 import importlib
 import json
 import os
@@ -14,8 +15,10 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
+ANSWER = "compiled: "
 # target: (backend, architecture, lanes a warp, most shared memory of one program in bytes)
 TARGETS = {
     "sm_75": ("cuda", 75, 32, 64 << 10),  # T4
@@ -28,16 +31,29 @@ TARGETS = {
 
 
 def compile_ahead(specs: list[dict]) -> list[dict]:
-    """Compile every spec in one fresh process without the interpreter."""
+    """Compile every spec in a process without the interpreter, which all tests of a run share."""
+    compiler = _compiler()
+    compiler.stdin.write(json.dumps(specs) + "\n")
+    compiler.stdin.flush()
+    for line in compiler.stdout:  # Triton may print lines of its own
+        if line.startswith(ANSWER):
+            answer = json.loads(line.removeprefix(ANSWER))
+            assert isinstance(answer, list), answer
+            return answer
+    _compiler.cache_clear()
+    raise AssertionError(f"the compiler died: exit status {compiler.wait()}")
+
+
+@functools.cache
+def _compiler() -> subprocess.Popen:
+    """The process that compiles; it ends with this one, as its standard input does."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
     root = str(Path(__file__).parents[1])
     environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
-    result = subprocess.run(
-        [sys.executable, __file__], input=json.dumps(specs), env=environment,
-        capture_output=True, text=True,
+    return subprocess.Popen(
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        env=environment, text=True, bufsize=1,
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.splitlines()[-1])
 
 
 def _compile(spec: dict) -> dict:
@@ -90,5 +106,15 @@ def _resources(ptx: str) -> dict:
     }
 
 
+def _serve() -> None:
+    """Answer every line of specs: facts, or the text of the error."""
+    for line in sys.stdin:
+        try:
+            answer: list | str = [_compile(spec) for spec in json.loads(line)]
+        except Exception:  # noqa: BLE001  the caller's test fails with it
+            answer = traceback.format_exc()[-3000:]
+        print(ANSWER + json.dumps(answer), flush=True)
+
+
 if __name__ == "__main__":
-    print(json.dumps([_compile(spec) for spec in json.load(sys.stdin)]))
+    _serve()
