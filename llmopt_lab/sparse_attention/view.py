@@ -192,8 +192,11 @@ def mask_grid(mask: Tensor, mass: Tensor | None = None, *, title: str = "mask") 
             part = mask[r, c]
             heat = float(mass[r, c].sum(-1).mean()) if mass is not None else 0
             n_seen = int(part.sum())
-            note = f"queries {r.start}-{r.stop - 1}, keys {c.start}-{c.stop - 1}: "
-            note += f"{n_seen} of {part.numel()} pairs seen"
+            if part.numel() == 1:
+                note = f"query {r.start}, key {c.start}: {'seen' if n_seen else 'not seen'}"
+            else:
+                note = f"queries {r.start}-{r.stop - 1}, keys {c.start}-{c.stop - 1}: "
+                note += f"{n_seen} of {part.numel()} pairs seen"
             note += f", {heat:.1%} of the attention" if mass is not None else ""
             tone = "good" if n_seen == part.numel() else "active" if n_seen else "cached"
             if mass is not None and not n_seen and heat > 0.01:
@@ -205,7 +208,7 @@ def mask_grid(mask: Tensor, mass: Tensor | None = None, *, title: str = "mask") 
 
 
 def reach_chart(
-    counts: dict[str, list[int]], *, title: str = "how far the last token sees"
+    counts: dict[str, list[int]], *, title: str = "tokens that the last one depends on"
 ) -> Chart:
     """Lines of `recall.reach`: name -> tokens that the last one sees after 1, 2, .. layers."""
     require(len(counts) > 0 and all(counts.values()), "give a name and its counts, one at least")
@@ -213,4 +216,4 @@ def reach_chart(
         Line(name, tuple(enumerate([1, *reached])), f"owner{i % 8}")
         for i, (name, reached) in enumerate(counts.items())
     )
-    return Chart(title, lines, "layers", "tokens")
+    return Chart(title, lines, "layers")
