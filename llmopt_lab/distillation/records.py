@@ -77,6 +77,7 @@ class Fitted(Record):
     mean: float
     width: float            # standard deviation
     loss: float             # the divergence that is minimised, in nats
+    x: Tensor               # (n,) the places
     p: Tensor               # (n,) teacher
     q: Tensor               # (n,) student
 

@@ -68,10 +68,8 @@ def fit_one_hump(
     for step in range(steps):
         q = hump(student[0], student[1].exp())
         loss = divergence(teacher, q)
-        now = student.detach()
-        record(
-            Fitted(step, now[0].item(), now[1].exp().item(), loss.item(), teacher.exp(), q.exp())
-        )
+        middle, spread = student[0].item(), student[1].exp().item()
+        record(Fitted(step, middle, spread, loss.item(), places(), teacher.exp(), q.exp()))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -114,8 +114,8 @@ def training_frames(trace: Trace, *, words: Sequence[str]) -> list[Frame]:
         bars = []
         for token, name in zip(shown, names, strict=True):
             bars += [
-                Bar(f"{name}, teacher", float(p[token]), "owner0"),
-                Bar(f"{name}, student", float(q[token]), "owner1"),
+                Bar(f"{name}, teacher", round(float(p[token]), 4), "owner0"),
+                Bar(f"{name}, student", round(float(q[token]), 4), "owner1"),
             ]
         agree = "the teacher's too" if first == int(p.argmax()) else "not the teacher's"
         caption = (
@@ -175,8 +175,8 @@ def hump_frames(trace: Trace, *, name: str, every: int = 10) -> list[Frame]:
             Chart(
                 f"{name}: two humps and one",
                 (
-                    Line("teacher p", tuple(enumerate(what.p.tolist())), "owner0"),
-                    Line("student q", tuple(enumerate(what.q.tolist())), "owner1"),
+                    Line("teacher p", _points(what.x, what.p), "owner0"),
+                    Line("student q", _points(what.x, what.q), "owner1"),
                 ),
                 "place",
                 "",
@@ -322,6 +322,11 @@ def _sizes(sizes: list[tuple[float, float]]) -> Chart:
         ),
         "T",
     )
+
+
+def _points(x: Tensor, y: Tensor) -> tuple[tuple[float, float], ...]:
+    """Of a line; what is drawn as 0 says 0."""
+    return tuple(zip(x.tolist(), (round(value, 4) for value in y.tolist()), strict=True))
 
 
 def _valley(p: Tensor) -> int:

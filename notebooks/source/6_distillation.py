@@ -95,7 +95,7 @@ def one_place(place):
     return Player(frames(trace, words=words, place=place), start=1)
 
 
-Explore(one_place, place=Choice("place", (0, 1, 2, 3), 0))
+Explore(one_place, place=Choice("one of the four places", (0, 1, 2, 3), 0))
 
 # %% [markdown]
 # *Only the picture answers these:*
@@ -523,7 +523,7 @@ def opinions(after, who):
 
 Explore(
     opinions,
-    after=Choice("place", tuple(places), tuple(places)[5]),
+    after=Choice("place in the line", tuple(places), tuple(places)[5]),
     who=Choice("student", tuple(recorded["shipped"]), "lab-student"),
 )
 
@@ -942,9 +942,9 @@ def pays_back(share, epochs):
         seen = billions * epochs
         labels_ = 6 * share * seen
         costs = {
-            "labels alone": labels_,
-            "teacher asked each time": labels_ + 2 * seen,
-            "teacher's top k kept": labels_ + 2 * billions,
+            "labels": labels_,
+            "asked": labels_ + 2 * seen,
+            "kept": labels_ + 2 * billions,
         }
         served = {name: cost / (2 * (1 - share)) for name, cost in costs.items()}
         tones = ("idle", "bad", "good")
@@ -952,14 +952,14 @@ def pays_back(share, epochs):
         made.append(
             Frame(
                 f"{billions} billion tokens read {epochs} times by a student of {share:.0%} of its teacher: paid back "
-                f"after {served['teacher asked each time']:,.1f} billion served tokens, {served['labels alone']:,.1f} "
-                f"without a teacher. For the price of one distilled run the labels could be read "
-                f"{costs['teacher asked each time'] / labels_:.1f} times as long.",
+                f"after {served['asked']:,.1f} billion served tokens, {served['labels']:,.1f} without a teacher, "
+                f"{served['kept']:,.1f} if its answers are kept. For the price of one distilled run the labels "
+                f"could be read {costs['asked'] / labels_:.1f} times as long.",
                 (
-                    Bars("served tokens until it has paid", bars, "billions"),
-                    Meter("cost of distilling over that of labels", costs["teacher asked each time"] / labels_, "times"),
+                    Bars("billions of served tokens until it has paid", bars),
+                    Meter("cost of a distilled run, in runs on labels", round(costs["asked"] / labels_, 2), "times"),
                 ),
-                legend=(("idle", "no teacher"), ("bad", "asked each epoch"), ("good", "asked once")),
+                legend=(("idle", "labels alone"), ("bad", "teacher asked each epoch"), ("good", "teacher asked once")),
             )
         )
     return Player(made, start=2, title="When has it paid?")
