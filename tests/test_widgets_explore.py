@@ -6,6 +6,7 @@ from llmopt_lab.core.errors import BadInput, LabError
 from llmopt_lab.widgets.explore import VIEW, Choice, Explore
 from llmopt_lab.widgets.panels import Frame, Meter
 from llmopt_lab.widgets.player import Player
+from llmopt_lab.widgets.slider import Slider
 
 made: list[int] = []
 
@@ -63,3 +64,15 @@ def test_bad_choices_are_refused():
         Explore(make, n=Choice("blocks", (1, 2), 3))
     with pytest.raises(LabError, match="the pool has 8 blocks"):
         Explore(make, n=Choice("blocks", (8,), 8))
+
+
+def test_a_slider_has_a_name_says_its_values_and_keeps_inside_them():
+    slider = Slider("blocks", (1, 2, None), 2)
+    assert (slider.label, slider.options, slider.index) == ("blocks", ["1", "2", "None"], 1)
+    slider.value = None
+    assert slider.index == 2 and repr(slider) == "Slider(blocks: None)"
+    with pytest.raises(BadInput, match="5 is not among"):
+        slider.value = 5
+    with pytest.raises(BadInput, match="index is 3, not 0 to 2"):
+        slider.index = 3
+    assert slider.value is None

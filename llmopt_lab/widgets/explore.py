@@ -14,6 +14,7 @@ import ipywidgets
 
 from llmopt_lab.core.errors import LabError, require
 from llmopt_lab.widgets.player import Player
+from llmopt_lab.widgets.slider import Slider
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 
@@ -48,31 +49,24 @@ class Explore(ipywidgets.VBox):
                 choice.value in choice.options,
                 f"{name} starts at {choice.value!r}, which is not among {choice.options}",
             )
-        self._make = make
+        self.make = make
         self._made: dict[tuple, ipywidgets.Widget] = {}
-        self._sliders = {
-            name: ipywidgets.SelectionSlider(
-                description=choice.label,
-                options=list(choice.options),
-                value=choice.value,
-                continuous_update=False,
-                style={"description_width": "initial"},
-                layout={"width": "420px"},
-            )
+        self.sliders = {
+            name: Slider(choice.label, choice.options, choice.value)
             for name, choice in choices.items()
         }
         self._first = make(**self.values)
         self._made[tuple(self.values.values())] = self._first
         # a box of its own for what changes: a slider that is drawn anew would lose the focus
         self._place = ipywidgets.VBox([self._first])
-        super().__init__(children=[*self._sliders.values(), self._place])
-        for slider in self._sliders.values():
-            slider.observe(self._redraw, names="value")
+        super().__init__(children=[*self.sliders.values(), self._place])
+        for slider in self.sliders.values():
+            slider.observe(self._redraw, names="index")
 
     @property
     def values(self) -> dict:
         """Where the sliders stand."""
-        return {name: slider.value for name, slider in self._sliders.items()}
+        return {name: slider.value for name, slider in self.sliders.items()}
 
     @property
     def shown(self) -> ipywidgets.Widget:
@@ -86,7 +80,7 @@ class Explore(ipywidgets.VBox):
         key = tuple(self.values.values())
         if key not in self._made:
             try:
-                self._made[key] = self._make(**self.values)
+                self._made[key] = self.make(**self.values)
             except LabError as error:
                 text = f'<p role="alert"><strong>Not possible:</strong> {escape(str(error))}</p>'
                 self._made[key] = ipywidgets.HTML(text)

@@ -38,8 +38,10 @@ function render({ model, el }) {
     node.setAttribute("role", role);
     return node;
   }
+  const corner = labelled("columnheader", "q \\ k");
+  corner.setAttribute("aria-label", "queries down, keys across");
   const grid = element("div", { className: "lm-blocks" },
-    rowOf(labelled("columnheader", ""), ...columns.map((name) => labelled("columnheader", name))),
+    rowOf(corner, ...columns.map((name) => labelled("columnheader", name))),
     ...rows.map((name, r) => rowOf(labelled("rowheader", `q ${name}`),
       ...cells.slice(r * columns.length, (r + 1) * columns.length))));
   function rowOf(...nodes) {

@@ -40,11 +40,11 @@ def explore_data(explore: Explore) -> dict:
     """The sliders, and for each position of them a player's state or the sentence of a refusal."""
     sliders = [
         {
-            "label": slider.description,
-            "options": [str(option) for option in slider.options],
+            "label": slider.label,
+            "options": slider.options,
             "index": slider.index,
         }
-        for slider in explore._sliders.values()
+        for slider in explore.sliders.values()
     ]
     start = tuple(slider["index"] for slider in sliders)
     positions = itertools.product(*(range(len(slider["options"])) for slider in sliders))
@@ -63,15 +63,10 @@ def explore_data(explore: Explore) -> dict:
 
 
 def _state_at(explore: Explore, position: tuple[int, ...]) -> dict:
-    names = explore._sliders
-    values = {
-        name: slider.options[index][1]
-        if isinstance(slider.options[index], tuple)
-        else slider.options[index]
-        for (name, slider), index in zip(names.items(), position, strict=True)
-    }
+    places = zip(explore.sliders.items(), position, strict=True)
+    values = {name: slider.values[index] for (name, slider), index in places}
     try:
-        return _state(explore._make(**values))
+        return _state(explore.make(**values))
     except LabError as refused:
         return {"problem": str(refused)}
 

@@ -55,7 +55,7 @@ def test_the_notebook_runs_and_moves(open_lab):
 
     budget = explore_with(lab, "KiB on chip")
     expect(budget.locator(".lm-caption").last).to_contain_text("146 queries in 128 KiB")
-    width, chip = (budget.locator(".noUi-handle").nth(i) for i in (1, 2))
+    width, chip = (budget.locator(".lm-slide").nth(i) for i in (1, 2))
     width.focus()
     lab.page.keyboard.press("End")
     expect(budget.locator(".lm-caption").last).to_contain_text("16 keys leave room for")
@@ -65,7 +65,7 @@ def test_the_notebook_runs_and_moves(open_lab):
     expect(chip).to_be_focused()
 
     head = explore_with(lab, "query head")
-    head.locator(".noUi-handle").nth(2).focus()
+    head.locator(".lm-slide").nth(2).focus()
     lab.page.keyboard.press("End")  # tiles of 32: 6 absorbed, 3 skipped, 3 finished
     expect(head.locator(".lm-counter")).to_have_text("step 1 of 12")
 

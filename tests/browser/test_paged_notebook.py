@@ -66,7 +66,7 @@ def test_the_notebook_runs_and_moves(open_lab):
     explore.scroll_into_view_if_needed()
     counter = explore.locator(".lm-counter")
     expect(counter).to_have_text("step 1 of 30")
-    slots, tokens = (explore.locator(".noUi-handle").nth(i) for i in (0, 1))
+    slots, tokens = (explore.locator(".lm-slide").nth(i) for i in (0, 1))
     tokens.focus()
     lab.page.keyboard.press("Home")  # blocks of one token
     expect(counter).to_have_text("step 1 of 26")

@@ -58,12 +58,12 @@ def test_the_notebook_runs_and_moves(open_lab):
     expect(guess).to_contain_text(re.compile(r"It is \d.*; you said 6"))
 
     bits = explore_with(lab, "bits of a code")
-    bits.locator(".noUi-handle").nth(0).focus()
+    bits.locator(".lm-slide").nth(0).focus()
     lab.page.keyboard.press("Home")
     expect(bits.locator(".lm-caption").last).to_contain_text("2 bits in groups of 128: 2.125 bits")
 
     quality = explore_with(lab, "perplexity on held-out text")
-    model, n_bits = (quality.locator(".noUi-handle").nth(i) for i in range(2))
+    model, n_bits = (quality.locator(".lm-slide").nth(i) for i in range(2))
     expect(quality.locator(".lm-caption").last).to_contain_text("3 bits, groups of 128: 3.13 bits")
     n_bits.focus()
     lab.page.keyboard.press("End")

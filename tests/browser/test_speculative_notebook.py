@@ -47,7 +47,7 @@ def test_the_notebook_runs_and_moves(open_lab):
     expect(guess).to_contain_text(re.compile(r"It is \d\.\d.*; you said 3"))
 
     real = explore_with(lab, "guesses a round")
-    k, temperature, draft = (real.locator(".noUi-handle").nth(i) for i in range(3))
+    k, temperature, draft = (real.locator(".lm-slide").nth(i) for i in range(3))
     for handle in (k, temperature, draft):
         handle.focus()
         lab.page.keyboard.press("Home")
@@ -65,7 +65,7 @@ def test_the_notebook_runs_and_moves(open_lab):
     expect(tree.locator(".lm-caption").last).to_contain_text("the draft guesses a tree of 6 tokens")
 
     pays = explore_with(lab, "each further token")
-    further = pays.locator(".noUi-handle").nth(1)
+    further = pays.locator(".lm-slide").nth(1)
     further.focus()
     lab.page.keyboard.press("End")
     expect(pays.locator(".lm-caption").last).to_contain_text("Do not speculate")
