@@ -12,7 +12,17 @@ from nbclient import NotebookClient
 from llmopt_lab.core.errors import BadInput
 from llmopt_lab.core.trace import first_divergence
 from llmopt_lab.grading import NotYet, check, hint
-from llmopt_lab.grading.checks import exercise, exercises_of, expect, expect_same_run, find_exercise
+from llmopt_lab.grading.checks import (
+    exercise,
+    exercises_of,
+    expect,
+    expect_no_nan,
+    expect_numbers,
+    expect_same_run,
+    expect_stored,
+    expect_untouched,
+    find_exercise,
+)
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -274,6 +284,33 @@ def test_an_exact_dtype_can_be_asked_for():
     expect("x", T([1], dtype=torch.int32), T([1]), "h", dtype=torch.int32)
     with pytest.raises(NotYet, match=r"x has dtype torch.int64, expected torch.int32"):
         expect("x", T([1]), T([1]), "h", dtype=torch.int32)
+
+
+NONE, SOME = torch.full((2, 3), torch.nan), torch.tensor([1.0, torch.nan])
+BLANK, SPILT = torch.tensor([False, False]), torch.tensor([False, True])
+ASTRAY = "writes-nothing-or-reads-astray"
+
+
+@pytest.mark.parametrize(
+    "look, good, bad, misconception, text",
+    [
+        (lambda out: expect_stored("2 rows", "out", out, "store it"),
+         SOME, NONE, "stores-nothing", "2 rows: nothing was written to out"),
+        (lambda out: expect_numbers("2 rows", "y", out, "store it"),
+         SOME, NONE, ASTRAY, "2 rows: every number of y is NaN"),
+        (lambda out: expect_no_nan("2 rows", out, "store it", misconception="m"),
+         SOME[:1], SOME, "m", "2 rows: 1 of 2 numbers are NaN"),
+        (lambda touched: expect_untouched("2 rows", "y", touched, "store it", misconception="m"),
+         BLANK, SPILT, "m", "2 rows: something was written outside of y"),
+    ],
+    ids=["stored", "numbers", "no NaN", "untouched"],
+)  # fmt: skip
+def test_what_was_not_written_or_written_astray_is_named(look, good, bad, misconception, text):
+    look(good)
+    with pytest.raises(NotYet) as raised:
+        look(bad)
+    told = raised.value
+    assert (told.message, told.misconception, told.hint) == (text, misconception, "store it")
 
 
 @pytest.mark.notebook

@@ -254,6 +254,46 @@ def expect_kernel(name: str, kernel) -> None:
         raise _not_written()
 
 
+def expect_stored(what: str, name: str, out: torch.Tensor, hint: str) -> None:
+    """A reference has stored something in `out`, called `name`, which was NaN before."""
+    if out.isnan().all():
+        raise NotYet(
+            f"{what}: nothing was written to {name}", misconception="stores-nothing", hint=hint
+        )
+
+
+def expect_numbers(what: str, name: str, out: torch.Tensor, hint: str) -> None:
+    """A kernel has left a number in `out`, called `name`, which stands in memory of NaN."""
+    if out.isnan().all():
+        raise NotYet(
+            f"{what}: every number of {name} is NaN",
+            misconception="writes-nothing-or-reads-astray",
+            hint=hint,
+        )
+
+
+def expect_no_nan(what: str, got: torch.Tensor, hint: str, *, misconception: str) -> None:
+    """No number of `got` is NaN."""
+    if got.isnan().any():
+        raise NotYet(
+            f"{what}: {int(got.isnan().sum())} of {got.numel()} numbers are NaN",
+            misconception=misconception,
+            hint=hint,
+        )
+
+
+def expect_untouched(
+    what: str, name: str, touched: torch.Tensor, hint: str, *, misconception: str
+) -> None:
+    """Nothing around the output called `name` was written: no element of `touched` is true."""
+    if touched.any():
+        raise NotYet(
+            f"{what}: something was written outside of {name}",
+            misconception=misconception,
+            hint=hint,
+        )
+
+
 @contextmanager
 def launched() -> Iterator[None]:
     """Around a launch: what the learner's line raised, without the interpreter's wrapping."""

@@ -25,8 +25,11 @@ from llmopt_lab.grading.checks import (
     exercise,
     expect,
     expect_kernel,
+    expect_numbers,
     expect_or_name,
     expect_parts,
+    expect_stored,
+    expect_untouched,
     launched,
 )
 
@@ -185,13 +188,11 @@ def _(tiled_attention):
         with recording(Load, Store) as trace:
             tiled_attention(*inputs, out, lse, tile_q=tile_q, tile_k=tile_k)
         what = f"{n_q} queries, {n_k} keys, tiles of {tile_q} and {tile_k}"
-        if out.isnan().all():
-            raise NotYet(
-                f"{what}: nothing was written to out",
-                misconception="stores-nothing",
-                hint="when the last key of a tile of queries is absorbed: "
-                "store('O', out, rows, result.out), and the same for 'L'",
-            )
+        expect_stored(
+            what, "out", out,
+            "when the last key of a tile of queries is absorbed: "
+            "store('O', out, rows, result.out), and the same for 'L'",
+        )  # fmt: skip
         attend = partial(_attend, q, k, v)
         whole_q, whole_k = n_q // tile_q * tile_q, n_k // tile_k * tile_k
         whole = attend()
@@ -1033,13 +1034,11 @@ def _(kernel):
             "out": attention_oracle(q, k, v, causal=causal),
             "lse": lse_oracle(q, k, causal=causal),
         }
-        if got["out"].isnan().all() and not want["out"].isnan().any():
-            raise NotYet(
-                f"{what}: every number of out is NaN",
-                misconception="writes-nothing-or-reads-astray",
-                hint="does the kernel end in a tl.store to its own rows of out? If so, it reads "
-                "outside the tensors: take the address of a key apart, (KV head, col, d)",
-            )
+        expect_numbers(
+            what, "out", got["out"],
+            "does the kernel end in a tl.store to its own rows of out? If so, it reads "
+            "outside the tensors: take the address of a key apart, (KV head, col, d)",
+        )  # fmt: skip
         if got["out"][want["lse"] == -torch.inf].isnan().any():
             raise NotYet(
                 f"{what}: the rows of the queries that see no key are NaN, expected zeros",
@@ -1067,12 +1066,11 @@ def _launch(kernel, what: str, q, k, v, causal: bool) -> dict[str, Tensor]:
             GROUP=n_heads // k.shape[0], CAUSAL=causal, D=d_head, TILE_Q=16, TILE_K=16,
         )  # fmt: skip
     for name, tensor in (("out", out), ("lse", lse)):
-        if not tensor[[0, 2]].isnan().all():
-            raise NotYet(
-                f"{what}: something was written outside of {name}",
-                misconception="writes-past-its-queries",
-                hint="the last tile of queries is shorter: store with the mask row < n_q",
-            )
+        expect_untouched(
+            what, name, ~tensor[[0, 2]].isnan(),
+            "the last tile of queries is shorter: store with the mask row < n_q",
+            misconception="writes-past-its-queries",
+        )  # fmt: skip
     return {"out": out[1].cpu(), "lse": lse[1].cpu()}
 
 

@@ -18,8 +18,10 @@ from llmopt_lab.grading.checks import (
     NotYet,
     exercise,
     expect_kernel,
+    expect_numbers,
     expect_or_name,
     expect_parts,
+    expect_stored,
     launched,
 )
 
@@ -674,12 +676,10 @@ def _(moe_layer):
                     hint="order holds numbers of visits, token * k + choice, and there are more of "
                     "them than tokens: the token is order // k",
                 ) from error
-        if out.isnan().all():
-            raise NotYet(
-                f"{what}: nothing was written to out",
-                misconception="stores-nothing",
-                hint="when all choices are added up: store('out', out, slice(0, len(x)), total)",
-            )
+        expect_stored(
+            what, "out", out,
+            "when all choices are added up: store('out', out, slice(0, len(x)), total)",
+        )  # fmt: skip
         expect_or_name(
             f"{what}: out", out, _layer(**given),
             "take 2 tokens and 2 experts, print order, place and starts, and follow one visit",
@@ -1189,13 +1189,11 @@ def _(kernel):
         for first_experts in sorted({max(1, n_experts // 2), n_experts}):
             before, y, after = launch(first_experts)
             _expect_own_rows(what, first_experts, int(starts[first_experts]), before, y, after)
-        if y.isnan().all():
-            raise NotYet(
-                f"{what}: every number of y is NaN",
-                misconception="writes-nothing-or-reads-astray",
-                hint="does the kernel end in a tl.store to its own rows of y? If so, it reads "
-                "outside the tensors: take the address of a weight apart, (expert, d, col)",
-            )
+        expect_numbers(
+            what, "y", y,
+            "does the kernel end in a tl.store to its own rows of y? If so, it reads "
+            "outside the tensors: take the address of a weight apart, (expert, d, col)",
+        )  # fmt: skip
         want = _grouped(x, w, order, experts)
         expect_or_name(
             f"{what}: y", y, want,

@@ -21,6 +21,8 @@ from llmopt_lab.grading.checks import (
     exercise,
     expect,
     expect_kernel,
+    expect_no_nan,
+    expect_numbers,
     expect_or_name,
     expect_parts,
     expect_same_run,
@@ -960,13 +962,12 @@ def _in_no_mans_land(cache: Tensor) -> Tensor:
 def _expect_attention(what: str, got: Tensor, want: Tensor, inputs: Inputs, poison: bool) -> None:
     """`got` is the oracle's answer, or the difference is named after the mistake that makes it."""
     lengths = inputs[4]
-    if got[lengths > 0].isnan().all() and not poison:
-        raise NotYet(
-            f"{what}: every number of the result is NaN",
-            misconception="writes-nothing-or-reads-astray",
-            hint="does the kernel end in a tl.store to its own row of out? If so, it reads outside "
+    if not poison:
+        expect_numbers(
+            what, "the result", got[lengths > 0],
+            "does the kernel end in a tl.store to its own row of out? If so, it reads outside "
             "the cache: take the address of a key apart, (block, offset, KV head, d)",
-        )
+        )  # fmt: skip
     if got[lengths == 0].isnan().any():
         raise NotYet(
             f"{what}: the row of the empty sequence is NaN, expected zeros",
@@ -974,13 +975,12 @@ def _expect_attention(what: str, got: Tensor, want: Tensor, inputs: Inputs, pois
             hint="no block was walked, so total is 0 and 0 / 0 is NaN: divide by "
             "tl.where(total > 0, total, 1.0)",
         )
-    if got.isnan().any():
-        raise NotYet(
-            f"{what}: {int(got.isnan().sum())} of {got.numel()} numbers are NaN",
-            misconception="lets-unused-slots-in",
-            hint="a masked score makes p 0 there, but 0 * NaN is NaN: mask the loads of k AND v "
-            "with other=0.0, and stop the walk after the last block of the sequence",
-        )
+    expect_no_nan(
+        what, got,
+        "a masked score makes p 0 there, but 0 * NaN is NaN: mask the loads of k AND v "
+        "with other=0.0, and stop the walk after the last block of the sequence",
+        misconception="lets-unused-slots-in",
+    )  # fmt: skip
     mistakes = [] if poison else _kernel_mistakes(*inputs)
     expect_or_name(
         f"{what}: out", got, want.float(),

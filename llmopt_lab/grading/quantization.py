@@ -12,8 +12,12 @@ from llmopt_lab.grading.checks import (
     exercise,
     expect,
     expect_kernel,
+    expect_no_nan,
+    expect_numbers,
     expect_or_name,
     expect_parts,
+    expect_stored,
+    expect_untouched,
     launched,
 )
 
@@ -932,13 +936,11 @@ def _(w4a16_linear):
             w4a16_linear(
                 x.clone(), packed.clone(), scales.clone(), out, group_size=group_size, tile=tile
             )
-        if out.isnan().all():
-            raise NotYet(
-                f"{what}: nothing was written to out",
-                misconception="stores-nothing",
-                hint="when all groups of a tile of rows are summed: "
-                "store('out', out, (slice(0, len(x)), rows), total)",
-            )
+        expect_stored(
+            what, "out", out,
+            "when all groups of a tile of rows are summed: "
+            "store('out', out, (slice(0, len(x)), rows), total)",
+        )  # fmt: skip
         expect_or_name(
             f"{what}: out",
             out,
@@ -1079,20 +1081,17 @@ def _(kernel):
         codes, scales = q["codes"], q["scales"].float() * _random(n_out, 1, seed=2).abs().float()
         got = _launch(kernel, what, x, _packed(codes), scales)
         want = x.double() @ (codes * _spread(scales.double(), 32, n_in)).T
-        if got.isnan().all():
-            raise NotYet(
-                f"{what}: every number of out is NaN",
-                misconception="writes-nothing-or-reads-astray",
-                hint="does the kernel end in a tl.store to out? If so, take the addresses apart: a "
-                "row of packed has n_bytes bytes, one of scales n_groups, one of x n_in numbers",
-            )
-        if got.isnan().any():
-            raise NotYet(
-                f"{what}: {int(got.isnan().sum())} of {got.numel()} numbers are NaN",
-                misconception="reads-past-the-borders",
-                hint="past the last column and past the last row of x there is nothing of yours: "
-                "mask the loads of x with other=0.0, and store every row and column of out",
-            )
+        expect_numbers(
+            what, "out", got,
+            "does the kernel end in a tl.store to out? If so, take the addresses apart: a row of "
+            "packed has n_bytes bytes, one of scales n_groups, one of x n_in numbers",
+        )  # fmt: skip
+        expect_no_nan(
+            what, got,
+            "past the last column and past the last row of x there is nothing of yours: "
+            "mask the loads of x with other=0.0, and store every row and column of out",
+            misconception="reads-past-the-borders",
+        )  # fmt: skip
         expect_or_name(
             f"{what}: out", got, want.float(),
             "compare with exercise 11 line by line: bytes, halves, signs, scales, borders",
@@ -1119,12 +1118,11 @@ def _launch(kernel, what: str, x: Tensor, packed: Tensor, scales: Tensor) -> Ten
             GROUP=32, TILE_M=16, TILE_N=16,
         )  # fmt: skip
     out = out.cpu()
-    if not (out[:start].isnan().all() and out[start + m * n_out :].isnan().all()):
-        raise NotYet(
-            f"{what}: something was written outside of out",
-            misconception="writes-past-the-end",
-            hint="the last tile is shorter, of rows of x and of outputs: mask the store with both",
-        )
+    expect_untouched(
+        what, "out", ~torch.cat([out[:start], out[start + m * n_out :]]).isnan(),
+        "the last tile is shorter, of rows of x and of outputs: mask the store with both",
+        misconception="writes-past-the-end",
+    )  # fmt: skip
     return out[start : start + m * n_out].view(m, n_out)
 
 
