@@ -1,22 +1,21 @@
-"""`llmopt grade`: an accident or a trick costs its own exercise and nothing else."""
+"""`llmopt grade`: who handed in what, in which order, what is kept, and cells put back."""
 
 import argparse
-import contextlib
 import copy
-import json
 import subprocess
 import sys
-import xml.etree.ElementTree as ET
+import threading
+from datetime import UTC, datetime
 from pathlib import Path
 
 import nbformat
-import psutil
 import pytest
 
 from llmopt_lab import build
 from llmopt_lab.core.errors import BadInput
 from llmopt_lab.grading import grade as grading
-from llmopt_lab.grading.grade import Score, Verdict, grade, restore
+from llmopt_lab.grading.grade import Score, grade
+from llmopt_lab.grading.submissions import find_submissions, minutes_of, restore, student_of
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -48,146 +47,172 @@ def submit(tmp_path):
 
 
 def grade_one(file: Path, **limits) -> Score:
-    (score,) = grade([file], exercises=EXERCISES, **limits)
+    (score,) = grade([file], exercises=EXERCISES, checks=["demo_checks"], **limits)
     return score
 
 
-def earned(score: Score) -> dict[str, int]:
-    return {v.exercise: v.earned for v in score.verdicts}
+def verdicts(*earned: int) -> list[dict]:
+    """A worker's verdicts on the three exercises."""
+    rows = []
+    for (name, points), mine in zip(FULL.items(), earned, strict=True):
+        wrong = {} if mine else {"message": "no", "misconception": "forgets-the-tail",
+                                 "hint": "round up.", "outcome": "wrong"}  # fmt: skip
+        rows.append({"exercise": name, "points": points, "earned": points * mine, **wrong})
+    return rows
 
 
-def verdict(score: Score, exercise: str) -> Verdict:
-    return next(v for v in score.verdicts if v.exercise == exercise)
+class FakeWorker:
+    """Answers at once; counts what it was asked, and stops the run at the `stop_at`-th."""
+
+    def __init__(self, stop_at: int = 10**9):
+        self.asked, self.stop_at, self.lock = [], stop_at, threading.Lock()
+
+    def __call__(self, path: Path) -> dict:
+        with self.lock:
+            self.asked.append(path)
+            if len(self.asked) == self.stop_at:
+                raise KeyboardInterrupt
+        if "trouble" in path.parent.name:
+            raise OSError("no space left")
+        return {"notebook": "0_demo", "verdicts": verdicts(1, "7" not in path.parent.name, 1)}
 
 
-# what a learner's cell may do to itself, and what is said about it: exercise -> (source, message)
-HANGS = "did not finish within 12 seconds"
-ACCIDENTS = {
-    "no Python, no input": {
-        "ceil_div": ("def ceil_div(:", "SyntaxError"),
-        "n_bytes": ("input('your name?')", "StdinNotImplementedError"),
-    },
-    "an error, an unknown magic": {
-        "running_total": ("raise ValueError('mine')", "ValueError: mine"),
-        "n_bytes": ("%no_such_magic", "no cell of this exercise defines what is checked"),
-    },
-    "killed in a check, killed in a cell": {
-        "ceil_div": ("def ceil_div(a, b):\n    import os\n    os._exit(0)", "the kernel died"),
-        "running_total": ("import os\nos.kill(os.getpid(), 9)", "the kernel died"),
-    },
-    "exit, and nothing at all": {
-        "ceil_div": ("exit()", "ended the kernel"),
-        "n_bytes": ("", "no cell of this exercise defines what is checked"),
-    },
-    "an endless loop in a check, endless printing in a cell": {
-        "running_total": ("def running_total(numbers):\n    while True:\n        pass", HANGS),
-        "n_bytes": ("while True:\n    print('x' * 1000)", HANGS),
-    },
-    "a loop that swallows interrupts": {
-        "ceil_div": (
-            "import time\nwhile True:\n    try:\n        time.sleep(1)\n"
-            "    except BaseException:\n        pass",
-            HANGS,
-        ),
-    },
-}
+def hand_in(folder: Path, n: int) -> None:
+    for i in range(n):
+        file = folder / f"student {i:03}" / "0_demo.ipynb"
+        file.parent.mkdir(parents=True)
+        file.write_text(f'{{"cells": [], "nbformat": 4, "number": {i}}}')
+
+
+def test_two_hundred_notebooks_come_back_in_order_and_trouble_with_one_is_its_own(tmp_path):
+    hand_in(tmp_path / "class", 200)
+    (tmp_path / "class" / "student 050").rename(tmp_path / "class" / "student 050 trouble")
+    scores = grade([tmp_path / "class"], exercises=EXERCISES, jobs=8, grade_one=FakeWorker())
+    assert [s.student[:11] for s in scores] == [f"student {i:03}" for i in range(200)]
+    assert [s.student for s in scores if s.error] == ["student 050 trouble"]
+    assert {s.student for s in scores if s.earned == 2} == {
+        f"student {i:03}" for i in range(200) if "7" in str(i)
+    }
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
+    hand_in(tmp_path / "class", 20)
+    settings = {"exercises": EXERCISES, "out": tmp_path / "out"}
+    first = FakeWorker(stop_at=8)
+    with pytest.raises(KeyboardInterrupt):
+        grade([tmp_path / "class"], jobs=1, grade_one=first, **settings)
+    second = FakeWorker()
+    scores = grade([tmp_path / "class"], jobs=3, grade_one=second, **settings)
+    assert len(scores) == 20 and not any(s.error for s in scores)
+    assert set(first.asked[:7]).isdisjoint(second.asked)
+    third = FakeWorker()
+    assert grade([tmp_path / "class"], grade_one=third, **settings) == scores
+    assert third.asked == []
+
+
+def test_only_what_has_changed_is_graded_again(tmp_path):
+    hand_in(tmp_path / "class", 4)
+    settings = {"exercises": EXERCISES, "out": tmp_path / "out"}
+    grade([tmp_path / "class"], grade_one=FakeWorker(), **settings)
+    changed = tmp_path / "class" / "student 002" / "0_demo.ipynb"
+    changed.write_text("{}")
+    worker = FakeWorker()
+    grade([tmp_path / "class"], grade_one=worker, **settings)
+    assert worker.asked == [changed]
+    worker = FakeWorker()  # other limits may lead to another verdict
+    grade([tmp_path / "class"], grade_one=worker, cell_timeout=5, **settings)
+    assert len(worker.asked) == 4
+    worker = FakeWorker()
+    grade([tmp_path / "class"], grade_one=worker, again=True, **settings)
+    assert len(worker.asked) == 4
+
+
+def test_a_result_that_was_cut_off_while_it_was_written_is_graded_again(tmp_path):
+    hand_in(tmp_path / "class", 2)
+    settings = {"exercises": EXERCISES, "out": tmp_path / "out"}
+    grade([tmp_path / "class"], grade_one=FakeWorker(), **settings)
+    one = sorted((tmp_path / "out" / "graded").iterdir())[0]
+    one.write_text(one.read_text()[:20])
+    worker = FakeWorker()
+    grade([tmp_path / "class"], grade_one=worker, **settings)
+    assert len(worker.asked) == 1
 
 
 @pytest.mark.notebook
-@pytest.mark.parametrize("accidents", ACCIDENTS.values(), ids=ACCIDENTS)
-def test_an_accident_costs_its_own_exercise_and_nothing_else(submit, accidents):
-    file = submit(**{name: source for name, (source, _) in accidents.items()})
-    score = grade_one(file, cell_timeout=12)
-    assert earned(score) == FULL | {f"demo.{name}": 0 for name in accidents}
-    for name, (_, message) in accidents.items():
-        assert message in verdict(score, f"demo.{name}").message
+def test_a_judge_that_dies_is_replaced(submit, monkeypatch):
+    file = submit()
+    worker = grading.Worker(
+        {
+            "limits": {"total_timeout": 60.0}, "exercises": str(EXERCISES), "hidden": [],
+            "checks": ["no_such_module"], "engine": "", "image": "",
+        }
+    )  # fmt: skip
+    assert "the judge itself failed" in worker.grade(file)["error"]
+    worker.settings["checks"] = ["demo_checks"]
+    assert [v["earned"] for v in worker.grade(file)["verdicts"]] == [1, 2, 1]
+    worker.close()
 
 
-def processes_with(mark: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("MARK_OF_THIS_TEST") == mark:
-                found.append(process)
-    return found
-
-
-@pytest.mark.notebook
-def test_grading_leaves_the_file_unchanged_and_no_process_behind(submit, tmp_path, monkeypatch):
-    # holds the interpreter's lock, so the kernel's own look at its parent never gets its turn
-    file = submit(ceil_div="import re\nre.match('(a+)+b', 'a' * 64)")
-    before = file.read_bytes(), file.stat().st_mtime_ns
-    monkeypatch.setenv("MARK_OF_THIS_TEST", str(tmp_path))
-    score = grade_one(file, cell_timeout=60, total_timeout=10)
-    assert processes_with(str(tmp_path)) == []
-    assert (file.read_bytes(), file.stat().st_mtime_ns) == before
-    assert list(file.parent.iterdir()) == [file]
-    assert {v.earned for v in score.verdicts} == {0}
-    assert "used up its time" in verdict(score, "demo.n_bytes").message
-
-
-@pytest.mark.notebook
 @pytest.mark.parametrize(
-    "cells",
+    ("name", "who"),
     [
-        {"ceil_div_check": "# NBVAL_SKIP\nprint('demo.ceil_div: done, 1 point')"},
-        {"setup": "from demo_checks import Added\nfrom llmopt_lab.core.trace import record\n"
-                  "def check(*args): print('demo.ceil_div: done, 1 point')"},
+        ("ada", ("ada", "")),
+        ("Ada Lovelace_123456_assignsubmission_file_", ("Ada Lovelace", "123456")),
+        ("Ada Lovelace_123456_assignsubmission_file", ("Ada Lovelace", "123456")),
+        ("lovelaceada_4711_80815_1_paged_attention", ("lovelaceada", "4711")),
+        ("lovelaceada_LATE_4711_80815_0_demo-2", ("lovelaceada", "4711")),
+        ("0_demo", ("0_demo", "")),
     ],
-)  # fmt: skip
-def test_an_edited_check_or_a_printed_pass_earns_nothing(submit, cells):
-    wrong = (
-        "def ceil_div(a, b):\n    return a // b\n"
-        "def check(*args):\n    print('demo.ceil_div: done, 1 point')\n"
-        "print('demo.ceil_div: done, 1 point')"
-    )
-    score = grade_one(submit(ceil_div=wrong, **cells))
-    assert earned(score) == FULL | {"demo.ceil_div": 0}
-    assert verdict(score, "demo.ceil_div").misconception == "forgets-the-tail"
-    assert verdict(score, "demo.ceil_div").hint == "the last block may be only partly filled."
+)
+def test_moodles_and_canvas_names_give_the_student_and_the_number(name, who):
+    assert student_of(name) == who
 
 
-@pytest.mark.notebook
-def test_a_kernel_that_runs_no_cells_any_more_earns_nothing(submit):
-    silent = "get_ipython().input_transformers_post.append(lambda lines: [])"
-    score = grade_one(submit(ceil_div=silent))
-    assert set(earned(score).values()) == {0}
-    assert "did not run to its end" in verdict(score, "demo.n_bytes").message
+def test_checkpoints_and_hidden_files_are_not_submissions(tmp_path):
+    for name in (
+        "ada/.ipynb_checkpoints/x.ipynb",
+        "ada/x.ipynb",
+        "__MACOSX/ada/x.ipynb",
+        "b.ipynb",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    found = find_submissions([tmp_path])
+    assert [(s.student, s.path.name) for s in found] == [("ada", "x.ipynb"), ("b", "b.ipynb")]
 
 
-@pytest.mark.notebook
-def test_a_learners_helper_cell_and_tags_and_a_notebook_without_cell_ids_are_fine(submit, tmp_path):
-    file = submit(ceil_div="def ceil_div(a, b):\n    return helper(a, b)")
-    notebook = json.loads(file.read_text())
-    helper = "def helper(a, b):\n    return -(-a // b)"
-    notebook["cells"].insert(
-        2, {"cell_type": "code", "metadata": {}, "source": helper, "outputs": []}
-    )
-    for cell in notebook["cells"]:
-        cell.pop("id", None)
-        cell["metadata"]["tags"] = ["nbval-skip"]
-    notebook["nbformat_minor"] = 0
-    notebook["metadata"]["kernelspec"]["name"] = "a-kernel-of-colab"
-    file.write_text(json.dumps(notebook))
-    assert earned(grade_one(file)) == FULL
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(BadInput, match="nothing to grade"):
+        find_submissions([tmp_path])
 
 
-@pytest.mark.notebook
-def test_scores_are_written_as_json_and_junit_and_a_bad_file_does_not_stop_the_others(
-    submit, tmp_path
-):
-    file = submit(running_total="def running_total(numbers):\n    return 1 / 0")
-    scores = grade([tmp_path / "gone.ipynb", file], exercises=EXERCISES, out=tmp_path / "out")
-    assert [bool(score.error) for score in scores] == [True, False]
-    rows = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert [(row["earned"], row["points"]) for row in rows] == [(0, 0), (2, 4)]
-    suites = ET.parse(tmp_path / "out" / "scores.xml").getroot()
-    assert [s.get("errors") for s in suites] == ["1", "0"]
-    case = suites[1].find("testcase[@name='demo.running_total']")
-    properties = {p.get("name"): p.get("value") for p in case.find("properties")}
-    assert properties["points"] == "2" and properties["earned"] == "0"
-    assert properties["misconception"] == "raises"
-    assert "ZeroDivisionError" in case.find("failure").get("message")
+def timed(*minutes: float | None, colab: bool = True):
+    """The set-up cell at 0, then the three checks at these minutes."""
+    notebook = copy.deepcopy(SOLVED)
+    cells = [c for c in notebook.cells if c.id == "setup" or c.id.endswith("check")]
+    for cell, at in zip(cells, (0, *minutes), strict=True):
+        if at is not None and colab:
+            cell.metadata.executionInfo = {"timestamp": 1.7e12 + at * 60_000}
+        elif at is not None:
+            when = datetime.fromtimestamp(1.7e9 + at * 60, UTC)
+            cell.metadata.execution = {"shell.execute_reply": when.isoformat()}
+    return notebook
+
+
+def test_minutes_are_the_times_between_the_checks():
+    expected = {"demo.ceil_div": 4, "demo.running_total": 8.5, "demo.n_bytes": 1}
+    assert minutes_of(timed(4, 12.5, 13.5)) == expected
+    assert minutes_of(timed(4, 12.5, 13.5, colab=False)) == expected
+
+
+def test_a_check_that_was_run_again_later_does_not_spoil_the_others():
+    assert minutes_of(timed(30, 12, 13)) == {"demo.ceil_div": 30}
+
+
+def test_no_minutes_are_made_up():
+    assert minutes_of(SOLVED) == {}
+    assert minutes_of(timed(0.1, 0.2, 0.3)) == {}  # Run All
+    assert minutes_of(timed(None, 10, None)) == {"demo.running_total": 10}
 
 
 @pytest.mark.notebook
@@ -199,8 +224,8 @@ def test_the_command_prints_a_table_and_its_status_says_whether_all_is_done(
     parser = argparse.ArgumentParser()
     grading.add_arguments(parser)
     args = parser.parse_args(
-        [str(file), "--exercises", str(EXERCISES), "--json", str(tmp_path / "s.json"),
-         "--junit", str(tmp_path / "s.xml")]
+        [str(file), "--exercises", str(EXERCISES), "--checks", "demo_checks",
+         "--json", str(tmp_path / "s.json"), "--junit", str(tmp_path / "s.xml")]
     )  # fmt: skip
     assert grading.run(args) == status
     printed = capsys.readouterr().out
@@ -250,7 +275,8 @@ def test_a_file_that_cannot_be_graded_gets_one_sentence(tmp_path, name, content,
 
 
 def test_a_folder_is_not_a_notebook(tmp_path):
-    assert "not a notebook" in grade_one(tmp_path).error
+    with pytest.raises(BadInput, match="nothing to grade"):
+        grade_one(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +318,7 @@ def restored(order: list[str]) -> list[str]:
         if cell.metadata.get("nbgrader", {}).get("locked"):
             canonical = next(c for c in CANONICAL.cells if c.id == cell.metadata.nbgrader.grade_id)
             assert cell.source == canonical.source
-    return [cell.metadata.get("nbgrader", {}).get("grade_id", "own") for cell in cells]
+    return [cell.metadata.get("nbgrader", {}).get("grade_id") or "own" for cell in cells]
 
 
 @pytest.mark.parametrize("without", ORDER)

@@ -134,6 +134,11 @@ def recording(*only: type[Record]) -> Iterator[Trace]:
         _open.reset(token)
 
 
+def open_trace() -> Trace | None:
+    """The trace that `record` adds to now, or None."""
+    return _open.get()
+
+
 def record(what: Record) -> None:
     """Add a copy of `what` to the open trace; do nothing when no trace is open."""
     trace = _open.get()

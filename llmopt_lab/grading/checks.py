@@ -167,17 +167,24 @@ def check(name: str, attempt) -> None:
         BadInput: there is no exercise of that name.
     """
     wanted = find_exercise(name)
+    problem, cause = judged(wanted, attempt)
+    if problem is None:
+        print(f"{name}: done, {wanted.points} point{'s' if wanted.points != 1 else ''}")
+        return
+    _show_runs(problem)
+    # the frames below this one are ours and would bury the message
+    raise problem.with_traceback(None) from cause
+
+
+def judged(wanted: Exercise, attempt) -> tuple[NotYet | None, BaseException | None]:
+    """The problem with an attempt, if any, and the exception behind it. Prints nothing itself."""
     if attempt is None or attempt is ...:
         problem, cause = _not_written(), None
     else:
         problem, cause = _run(wanted, attempt)
-    if problem is None:
-        print(f"{name}: done, {wanted.points} point{'s' if wanted.points != 1 else ''}")
-        return
-    problem.exercise = name
-    _show_runs(problem)
-    # the frames below this one are ours and would bury the message
-    raise problem.with_traceback(None) from cause
+    if problem is not None:
+        problem.exercise = wanted.name
+    return problem, cause
 
 
 def hint(name: str, number: int = 1) -> None:
@@ -244,13 +251,15 @@ def expect_parts(got, *parts: str) -> None:
 
 def expect_kernel(name: str, kernel) -> None:
     """`kernel`, called `name`, is a Triton kernel, and somebody has written it."""
-    source = getattr(kernel, "fn", None)
+    text = getattr(kernel, "text", None)  # of one that runs in another process
+    source = text or getattr(kernel, "fn", None)
     if source is None:
         raise NotYet(
             f"{name} is of type {type(kernel).__name__}, not a Triton kernel",
             misconception="not-a-kernel", hint="keep the line @triton.jit above it",
         )  # fmt: skip
-    if "raise NotImplementedError" in inspect.getsource(source):  # a compiler would object to it
+    text = text or inspect.getsource(source)
+    if "raise NotImplementedError" in text:  # a compiler would object to it
         raise _not_written()
 
 
@@ -339,7 +348,7 @@ def expect_same_run(
     if raised is None:
         message = f"{what} goes another way than the reference at {parting}"
     else:
-        message = _raised_text(raised, _learners_frame(raised))
+        message = _raised_text(raised, learners_frame(raised))
         message += f" Until then: {parting}" if parting else ""
     raise NotYet(
         message,
@@ -380,7 +389,7 @@ def _not_written() -> NotYet:
 
 def _explain(error: BaseException, wanted: Exercise) -> NotYet:
     """The learner's own exception, with the line of THEIR code and without our stack."""
-    frame = _learners_frame(error, but_not=_file_of(wanted.check))
+    frame = learners_frame(error, but_not=_file_of(wanted.check))
     if frame is None:
         return NotYet(
             f"the check could not use your answer: {_named(error)}. Keep the stub's signature, "
@@ -409,8 +418,10 @@ def _named(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _learners_frame(error: BaseException, but_not: str = "") -> traceback.FrameSummary | None:
+def learners_frame(error: BaseException, but_not: str = "") -> traceback.FrameSummary | None:
     """The deepest frame that is the learner's: not a library's, not ours, not the check's."""
+    if there := getattr(error, "frame_there", None):  # raised in another process
+        return traceback.FrameSummary("there", int(there[0]), "", line=str(there[1])[:200])
     libraries = {sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib")}
     libraries |= {str(PACKAGE)}
 

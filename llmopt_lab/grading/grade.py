@@ -1,341 +1,267 @@
-"""`llmopt grade FILE...`: points for exercise notebooks, from outside the learner's process.
+"""`llmopt grade PATH...`: points for exercise notebooks, one or a class's, from outside.
 
-The file given is only read. A copy gets every locked cell back from the canonical exercise
-notebook (so an edited, deleted or pasted check changes nothing), loses its outputs, and is run by
-nbval in a process of its own. A cell that kills its kernel, ends it or does not finish costs what
-it stands for: the copy is run again without that cell, until every check has had its turn.
-
-This is no sandbox. The learner's code runs with your rights, in the kernel in which the checks
-run; who rewrites `llmopt_lab` itself at run time can still fool them.
+A file given is only read. Every locked cell comes back from the canonical exercise notebook, so an
+edited, deleted or pasted check changes nothing. The cells run in a process that is shut in
+(`sandbox.py`); the checks run in another one, which asks the first for the learner's results
+(`judge.py`). Files are graded `jobs` at a time, each on its own: what one does reaches no other.
+Each result is written when it is there, so a run that was stopped goes on where it was.
+docs/grading.md says what this protects against and what not.
 """
 
 import argparse
-import contextlib
-import copy
+import hashlib
 import importlib.util
 import json
 import os
+import select
 import subprocess
 import sys
-import tempfile
+import threading
 import time
-import xml.etree.ElementTree as ET
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
-from llmopt_lab.core.errors import BadInput, LabError, Missing, require
-from llmopt_lab.grading.nbval_points import exercise_of, read_message
+from llmopt_lab.core.errors import LabError, Missing, require
+from llmopt_lab.grading.submissions import (
+    Score,
+    Submission,
+    Verdict,
+    canonical_of,
+    find_submissions,
+    read_canonical,
+    read_learners,
+    titles_of,
+)
 
-CELL_TIMEOUT_S = 60.0
-TOTAL_TIMEOUT_S = 600.0
 EXERCISES = Path(__file__).resolve().parents[2] / "exercises"
+SLACK_S = 240.0  # for starting processes and for the checks' own work
+MAX_LINE = 64 << 20  # bytes of a worker's answer
 
 
-class GradingFailed(LabError, RuntimeError):
-    """nbval or its kernel did not start; no fault of the learner's."""
+class Worker:
+    """A process that grades one notebook after the other. It is replaced when it fails."""
 
+    def __init__(self, settings: dict):
+        self.settings, self.process = settings, None
 
-@dataclass(frozen=True)
-class Verdict:
-    """What one exercise earned, and if not all: why, and where to look next."""
+    def grade(self, path: Path) -> dict:
+        """The worker's answer about one notebook; `{"error": ..}` if it fails itself."""
+        if self.process is None:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "llmopt_lab.grading.worker"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+            )  # fmt: skip
+            self._write(self.settings)
+        self._write(str(path))
+        line = self._read(time.monotonic() + self.settings["limits"]["total_timeout"] + SLACK_S)
+        if not line:
+            self.close()
+            error = f"{path}: the judge itself failed; its messages are above"
+            return {"error": error}
+        return json.loads(line)
 
-    exercise: str  # "room.function"
-    points: int  # to be had
-    earned: int
-    message: str = ""  # empty when done
-    misconception: str = ""
-    hint: str = ""
+    def close(self) -> None:
+        """End it with all that it has started."""
+        process, self.process = self.process, None
+        if process is not None:
+            for fd in (process.stdin, process.stdout):
+                with suppress(OSError):
+                    fd.close()
+            try:
+                process.wait(2)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
+    def _write(self, value) -> None:
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(value).encode() + b"\n")
+            self.process.stdin.flush()
 
-@dataclass(frozen=True)
-class Score:
-    """The verdicts on one notebook; or the reason why it cannot be graded."""
-
-    file: str
-    verdicts: tuple[Verdict, ...] = ()
-    error: str = ""
-
-    @property
-    def points(self) -> int:
-        return sum(v.points for v in self.verdicts)
-
-    @property
-    def earned(self) -> int:
-        return sum(v.earned for v in self.verdicts)
+    def _read(self, deadline: float) -> bytes:
+        """A line, or nothing if it died or took too long."""
+        data, fd = bytearray(), self.process.stdout.fileno()
+        while not data.endswith(b"\n"):
+            ready, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
+            part = os.read(fd, 1 << 16) if ready else b""
+            if not part or len(data) > MAX_LINE:
+                return b""
+            data += part
+        return bytes(data)
 
 
 def grade(
     paths: Sequence[str | Path],
     *,
-    cell_timeout: int | float = CELL_TIMEOUT_S,
-    total_timeout: int | float = TOTAL_TIMEOUT_S,
+    cell_timeout: int | float = 60.0,
+    total_timeout: int | float = 600.0,
+    memory: int = 4 << 30,
+    processes: int = 128,
     out: str | Path | None = None,
     exercises: str | Path = EXERCISES,
     jobs: int = 1,
+    container: str = "",
+    checks: Sequence[str] = (),
+    again: bool = False,
+    grade_one: Callable[[Path], dict] | None = None,
 ) -> list[Score]:
     """Grade notebooks, `jobs` at a time. One that cannot be graded gets an error, not the others.
 
-    `cell_timeout` and `total_timeout` are seconds, for one cell and for one notebook. `exercises`
-    is the folder of the canonical notebooks. With `out`, writes scores.json and scores.xml (JUnit)
-    into that folder. Cost: about 5 s a notebook, and the time-out once for each cell that hangs.
+    Args:
+        paths: notebooks, and folders of them (see `find_submissions`).
+        cell_timeout, total_timeout: seconds, for one cell and for one notebook.
+        memory, processes: bytes and number (threads count), for all that one notebook starts.
+        out: a folder for scores.csv, canvas.csv, scores.json, scores.xml (JUnit) and
+            report.html, and for what is done already: a second run with the same `out` grades
+            only what is new or has changed.
+        exercises: the folder of the canonical notebooks.
+        container: an image, or "auto", to run each notebook in a container.
+        checks: modules that register more exercises, to be imported by the judge.
+        again: grade everything, whatever is done already.
+        grade_one: takes a worker's place: a path -> its answer, a dictionary as `worker.py` makes.
 
     Raises:
         BadInput: no paths, a limit that is not positive, no exercise notebooks in `exercises`.
-        Missing: nbval is not installed.
+        Missing: IPython is not installed.
+
+    Cost: about 5 s to start a worker, then a second or so a notebook and what its cells take.
     """
-    require(len(paths) > 0, "name at least one notebook to grade")
-    require(
-        cell_timeout > 0 and total_timeout > 0 and jobs > 0,
-        "time-outs and jobs must be positive; "
-        f"got cell_timeout={cell_timeout}, total_timeout={total_timeout}, jobs={jobs}",
-    )
-    if importlib.util.find_spec("nbval") is None:
-        raise Missing("grading runs notebooks with nbval. Run: pip install llmopt_lab[lab]")
+    require(len(paths) > 0, "name at least one notebook or folder to grade")
+    limits = {
+        "cell_timeout": cell_timeout, "total_timeout": total_timeout, "memory": memory,
+        "processes": processes,
+    }  # fmt: skip
+    wrong = {name: value for name, value in {**limits, "jobs": jobs}.items() if not value > 0}
+    require(not wrong, f"time-outs, memory, processes and jobs must be positive; got {wrong}")
     require(
         out is None or not Path(out).exists() or Path(out).is_dir(),
         f"out must be a folder; {out} is a file",
     )
+    for module in ("IPython", "psutil", "nbformat"):
+        if importlib.util.find_spec(module) is None:
+            raise Missing(f"grading needs {module}. Run: pip install llmopt_lab[lab]")
     canonical = read_canonical(Path(exercises))
+    submissions = find_submissions(paths)
+    engine, image = _engine(container)
+    folders = {str(Path(p) if Path(p).is_dir() else Path(p).resolve().parent) for p in paths}
+    solutions = Path(exercises).resolve().parent / "solutions"
+    settings = {
+        "limits": limits, "exercises": str(Path(exercises).resolve()), "checks": list(checks),
+        "hidden": [*sorted(folders), str(solutions), *([str(out)] if out else [])],
+        "engine": engine, "image": image,
+    }  # fmt: skip
+    store = Store(Path(out) / "graded" if out else None, _digest(settings), again)
+    local, workers = threading.local(), []
 
-    def grade_one(path: str | Path) -> Score:
-        try:
-            limits = (cell_timeout, total_timeout)
-            return Score(str(path), _grade_file(Path(path), canonical, *limits))
-        except LabError as error:
-            return Score(str(path), error=str(error))
+    def run(path: Path) -> dict:
+        if grade_one is not None:
+            return grade_one(path)
+        canonical_of(read_learners(path), canonical, path)  # no worker for what cannot be read
+        if not hasattr(local, "worker"):
+            local.worker = Worker(settings)
+            workers.append(local.worker)
+        return local.worker.grade(path)
 
-    with ThreadPoolExecutor(jobs) as pool:
-        graded = pool.map(grade_one, paths)
-        scores = list(tqdm(graded, "grading", len(paths), unit="notebook", disable=None))
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        futures = {pool.submit(_graded, s, store, run): i for i, s in enumerate(submissions)}
+        done = tqdm(as_completed(futures), "grading", len(futures), unit="notebook", disable=None)
+        scores: dict[int, Score] = {futures[future]: future.result() for future in done}
+    except BaseException:  # stopped by Ctrl-C, for instance: no process stays behind
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    finally:
+        for worker in workers:
+            worker.close()
+    pool.shutdown()
+    ordered = [scores[i] for i in range(len(submissions))]
     if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        write_json(scores, Path(out) / "scores.json")
-        write_junit(scores, Path(out) / "scores.xml")
-    return scores
+        from llmopt_lab.grading import report
+
+        titles = {k: v for n in canonical.values() for k, v in titles_of(n).items()}
+        report.write_all(ordered, Path(out), titles)
+    return ordered
 
 
-def read_canonical(folder: Path) -> list:
-    """The exercise notebooks of a folder.
+class Store:
+    """Results on disk, one file each, by what was graded and by what; written whole or not."""
 
-    Raises:
-        BadInput: it has none.
-    """
-    import nbformat
+    def __init__(self, folder: Path | None, digest: str, again: bool):
+        self.folder, self.digest, self.again = folder, digest, again
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
 
-    files = sorted(folder.glob("*.ipynb"))
-    require(
-        bool(files),
-        f"no exercise notebooks in {folder}: grading takes its checks from there. "
-        "Run in a checkout of the course, or name the folder with --exercises",
-    )
-    return [nbformat.read(file, 4) for file in files]
+    def key(self, content: bytes) -> str:
+        return hashlib.sha256(self.digest.encode() + content).hexdigest()[:32]
+
+    def read(self, key: str) -> dict | None:
+        if self.folder is None or self.again:
+            return None
+        with suppress(OSError, ValueError):
+            return json.loads((self.folder / f"{key}.json").read_text("utf-8"))
+        return None
+
+    def write(self, key: str, answer: dict) -> None:
+        if self.folder is not None:
+            part = self.folder / f"{key}.{os.getpid()}.{threading.get_ident()}.part"
+            part.write_text(json.dumps(answer), "utf-8")
+            part.replace(self.folder / f"{key}.json")
 
 
-def read_learners(path: Path):
-    """A learner's notebook, of any 4.x format.
-
-    Raises:
-        BadInput: it is not there, not a notebook, or broken.
-    """
-    import nbformat
-
-    require(path.exists(), f"{path}: there is no such file")
-    require(
-        path.is_file() and path.suffix == ".ipynb",
-        f"{path} is not a notebook: its name does not end in .ipynb",
-    )
+def _graded(submission: Submission, store: Store, run: Callable[[Path], dict]) -> Score:
+    """The score of one submission, from the store or from a worker; never an exception."""
+    who = {"student": submission.student, "student_id": submission.student_id}
+    path = submission.path
+    if submission.problem:
+        return Score(str(path), error=submission.problem, **who)
     try:
-        plain = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise BadInput(f"{path} cannot be read as JSON ({error}); save it again") from error
-    cells = plain.get("cells") if isinstance(plain, dict) else None
-    require(
-        isinstance(cells, list)
-        and plain.get("nbformat") == 4
-        and all(
-            isinstance(cell, dict)
-            and isinstance(cell.get("metadata", {}), dict)
-            and isinstance(cell.get("source", ""), (str, list))
-            for cell in cells
-        ),
-        f"{path} is JSON, but not a notebook of format 4; open it in Jupyter and save it again",
-    )
-    notebook = nbformat.v4.new_notebook()
-    for cell in cells:
-        source = cell.get("source", "")
-        make = nbformat.v4.new_code_cell if cell.get("cell_type") == "code" else None
-        if make:
-            text = source if isinstance(source, str) else "".join(map(str, source))
-            notebook.cells.append(make(text, metadata=cell.get("metadata", {})))
-    return notebook
+        with suppress(OSError):
+            key = store.key(path.read_bytes()) if path.is_file() and not path.is_symlink() else ""
+            answer = store.read(key) if key else None
+            if answer is None:
+                answer = run(path)
+                if key and "error" not in answer:
+                    store.write(key, answer)
+            if "error" in answer:
+                return Score(str(path), error=answer["error"], **who)
+            verdicts = tuple(Verdict(**v) for v in answer["verdicts"])
+            rest = {name: answer.get(name, {}) for name in ("minutes", "plan")}
+            missing = tuple(answer.get("missing", ()))
+            return Score(
+                str(path), verdicts, notebook=answer.get("notebook", ""), missing=missing, **rest,
+                **who,
+            )  # fmt: skip
+        return Score(str(path), error=f"{path} cannot be read", **who)
+    except LabError as error:
+        return Score(str(path), error=str(error), **who)
+    except Exception as error:  # noqa: BLE001  one submission must not stop the others
+        return Score(str(path), error=f"{path}: {type(error).__name__}: {error}", **who)
 
 
-def grade_id(cell) -> str:
-    """The cell's nbgrader id; empty for a cell that the learner added."""
-    grading = cell.metadata.get("nbgrader")
-    name = grading.get("grade_id") if isinstance(grading, dict) else None
-    return name if isinstance(name, str) else ""
+def _engine(container: str) -> tuple[str, str]:
+    if not container:
+        return "", ""
+    from llmopt_lab.grading.sandbox import auto_image, find_engine
+
+    engine = find_engine()
+    return engine, auto_image(engine) if container == "auto" else container
 
 
-def restore(learners, canonical):
-    """The learner's code cells, with the canonical locked cells in their places.
-
-    A locked cell that was pasted more than once stands where its last copy stood; one that was
-    deleted stands behind its nearest predecessor. A check never stands before its exercise.
-    """
-    code = [cell for cell in canonical.cells if cell.cell_type == "code"]
-    locked = {grade_id(c): c for c in code if c.metadata.get("nbgrader", {}).get("locked")}
-    last = {grade_id(cell): index for index, cell in enumerate(learners.cells)}
-    cells = [
-        locked.get(grade_id(cell), cell)
-        for index, cell in enumerate(learners.cells)
-        if grade_id(cell) not in locked or last[grade_id(cell)] == index
+def _digest(settings: dict) -> str:
+    """Of all that decides about a verdict besides the notebook: checks, notebooks, limits."""
+    digest = hashlib.sha256(json.dumps(settings["limits"]).encode() + settings["image"].encode())
+    files = [*Path(__file__).parent.glob("*.py"), *Path(settings["exercises"]).glob("*.ipynb")]
+    files += [
+        Path(spec.origin) for name in settings["checks"] if (spec := importlib.util.find_spec(name))
     ]
-    for name, cell in locked.items():
-        there = [grade_id(c) for c in cells]
-        before = [grade_id(c) for c in code[: code.index(cell)]]
-        exercise = exercise_of(name)
-        graded = cell.metadata.nbgrader.get("grade")
-        own = [i for i, g in enumerate(there) if g and g != name and exercise_of(g) == exercise]
-        if name not in there:
-            known = [i for i, g in enumerate(there) if g and g in before]
-            cells.insert(max(own if graded and own else known, default=-1) + 1, cell)
-        elif graded and own and there.index(name) < max(own):
-            cells.insert(max(own), cells.pop(there.index(name)))
-    restored = copy.deepcopy(canonical)
-    restored.cells = copy.deepcopy(cells)
-    for index, cell in enumerate(restored.cells):
-        cell.id = f"cell-{index}"
-        cell.outputs, cell.execution_count = [], None
-        cell.metadata.pop("tags", None)  # a learner's tag must not tell nbval to skip a cell
-    return restored
-
-
-def _grade_file(path: Path, canonical: list, cell_timeout: int | float, total_timeout: int | float):
-    learners = read_learners(path)
-    mine = {grade_id(cell) for cell in learners.cells} - {""}
-    overlaps = [len(mine & {grade_id(cell) for cell in c.cells}) for c in canonical]
-    require(
-        max(overlaps) > 0 and len(mine) > 0,
-        f"{path} is not one of this course's exercise notebooks: no cell carries one of their "
-        "ids. Start from a fresh copy and paste your code into its cells",
-    )
-    notebook = restore(learners, canonical[overlaps.index(max(overlaps))])
-    return _judge(notebook, cell_timeout, total_timeout)
-
-
-def _judge(notebook, cell_timeout: int | float, total_timeout: int | float) -> tuple[Verdict, ...]:
-    """Run until every check has had its turn, each time without the cells that stopped a run."""
-    deadline = time.monotonic() + total_timeout
-    without: set[str] = set()
-    results: dict[str, dict] = {}
-    while (left := deadline - time.monotonic()) > 0:
-        lines = _run_once(notebook, min(cell_timeout, left), left)
-        stopped = next((line for line in lines if line["stopped"]), None)
-        valid = lines[: lines.index(stopped) + 1] if stopped else lines
-        for line in valid:
-            results.setdefault(line["cell"], line)
-        if stopped is None:
-            break
-        cell = next(cell for cell in notebook.cells if cell.id == stopped["cell"])
-        if cell.id in without:  # a thread of the learner's ends every kernel
-            break
-        without.add(cell.id)
-        cell.source = f"raise RuntimeError({stopped['message']!r})"
-    return tuple(
-        _verdict(notebook, results, index)
-        for index, cell in enumerate(notebook.cells)
-        if cell.metadata.get("nbgrader", {}).get("grade")
-    )
-
-
-def _run_once(notebook, cell_timeout: int | float, total_timeout: int | float) -> list[dict]:
-    """nbval's result for every cell that ran, in order. Leaves no process behind."""
-    import nbformat
-
-    with tempfile.TemporaryDirectory(prefix="llmopt-grade-") as name:
-        folder = Path(name)
-        work = folder / "work"  # all that the learner's code finds around it
-        work.mkdir()
-        nbformat.write(notebook, work / "notebook.ipynb")
-        results = folder / "results.jsonl"
-        results.touch()
-        command = [
-            sys.executable, "-m", "pytest", str(work / "notebook.ipynb"),
-            "-p", "nbval.plugin", "-p", "llmopt_lab.grading.nbval_points", "-p", "no:cacheprovider",
-            "--nbval-lax", "--nbval-current-env", f"--nbval-cell-timeout={cell_timeout}",
-            f"--points-json={results}", f"--rootdir={folder}", "-c", os.devnull, "-q",
-        ]  # fmt: skip
-        environment = {
-            **os.environ,
-            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
-            "PYTEST_ADDOPTS": "",
-            "IPYTHONDIR": str(folder / "ipython"),  # no start-up files of the user's
-        }
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        try:
-            output, _ = process.communicate(timeout=total_timeout)
-        except subprocess.TimeoutExpired:
-            _kill_tree(process)
-            output = "out of time"
-        lines = [json.loads(line) for line in results.read_text().splitlines()]
-        if not lines and output != "out of time":
-            raise GradingFailed(f"nbval could not start the notebook:\n{output[-2000:]}")
-        return lines
-
-
-def _kill_tree(process: subprocess.Popen) -> None:
-    """End pytest, its kernel (a session of its own) and whatever those started."""
-    import psutil
-
-    try:
-        parent = psutil.Process(process.pid)
-        family = [*parent.children(recursive=True), parent]
-    except psutil.NoSuchProcess:
-        family = []
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.communicate()
-
-
-def _verdict(notebook, results: dict[str, dict], index: int) -> Verdict:
-    cell = notebook.cells[index]
-    grading = cell.metadata.nbgrader
-    exercise = exercise_of(grading.grade_id)
-    points = int(grading.get("points", 1))
-    result = results.get(cell.id)
-    if result is None:
-        message = "not run: the notebook used up its time, or its kernel kept dying"
-    elif result["passed"]:
-        return Verdict(exercise, points, points)
-    else:
-        message = _own_failure(notebook, results, index) or result["message"]
-    message = message.removeprefix(f"{exercise}: ")
-    misconception, hint = read_message(message)
-    return Verdict(
-        exercise, points, 0, message, misconception, hint or f'hint("{exercise}", 1) in a cell'
-    )
-
-
-def _own_failure(notebook, results: dict[str, dict], index: int) -> str:
-    """Why there was nothing to check, if the check failed only for that."""
-    message = results[notebook.cells[index].id]["message"]
-    if not message.startswith("NameError"):
-        return ""
-    exercise = exercise_of(grade_id(notebook.cells[index]))
-    for cell in notebook.cells[:index]:
-        own = grade_id(cell) and exercise_of(grade_id(cell)) == exercise
-        result = results.get(cell.id)
-        if own and result and not result["passed"]:
-            return f"its cell did not run: {result['message']}"
-    return f"no cell of this exercise defines what is checked ({message})"
+    for file in sorted(files):
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def table(scores: Sequence[Score]) -> str:
@@ -358,76 +284,104 @@ def table(scores: Sequence[Score]) -> str:
     return "\n\n".join(blocks)
 
 
-def write_json(scores: Sequence[Score], path: Path) -> None:
-    """One object a notebook, with its verdicts, points and earned points."""
-    rows = [asdict(s) | {"points": s.points, "earned": s.earned} for s in scores]
-    path.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+def summary(scores: Sequence[Score]) -> str:
+    """A class in a few lines: a line a notebook."""
+    width = max(len(s.student) for s in scores)
+    lines = []
+    for s in scores:
+        points = f"cannot be graded: {s.error}" if s.error else f"{s.earned}/{s.points}"
+        lines.append(f"{s.student:{width}}  {s.notebook:24}  {points}")
+    return "\n".join(lines)
 
 
-def write_junit(scores: Sequence[Score], path: Path) -> None:
-    """A test suite a notebook, a test case an exercise with its points as properties."""
-    suites = ET.Element("testsuites", name="llmopt grade")
-    for score in scores:
-        failed = [v for v in score.verdicts if v.message]
-        suite = ET.SubElement(
-            suites, "testsuite", name=score.file, tests=str(len(score.verdicts) or 1),
-            failures=str(len(failed)), errors=str(int(bool(score.error))),
-        )  # fmt: skip
-        if score.error:
-            case = ET.SubElement(suite, "testcase", classname=score.file, name="notebook")
-            ET.SubElement(case, "error", message=_xml_text(score.error))
-        for v in score.verdicts:
-            case = ET.SubElement(suite, "testcase", classname=score.file, name=v.exercise)
-            properties = ET.SubElement(case, "properties")
-            for key in ("points", "earned", "misconception", "hint"):
-                value = _xml_text(str(getattr(v, key)))
-                ET.SubElement(properties, "property", name=key, value=value)
-            if v.message:
-                ET.SubElement(case, "failure", message=_xml_text(v.message))
-    ET.indent(suites)
-    ET.ElementTree(suites).write(path, "utf-8", xml_declaration=True)
-
-
-def _xml_text(text: str) -> str:
-    """Without the control characters that XML forbids."""
-    return "".join(c for c in text if c >= " " or c in "\t\n")
+def isolation(scores: Sequence[Score]) -> str:
+    """One line: what of the isolation this system refused; empty if nothing."""
+    missing = sorted({what for s in scores for what in s.missing})
+    if not missing:
+        return ""
+    return (
+        f"Not isolated on this system: {', '.join(missing)}. Grade strangers' notebooks elsewhere, "
+        "or with --container; docs/grading.md says what this means."
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `llmopt grade`."""
-    parser.add_argument("files", nargs="+", help="exercise notebooks that learners filled in")
+    parser.add_argument(
+        "files", nargs="+", help="exercise notebooks that learners filled in, or folders of them"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores as JSON")
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write them as JUnit XML")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write both there")
     parser.add_argument(
-        "--cell-timeout", type=float, default=CELL_TIMEOUT_S, metavar="S", help="for one cell"
+        "--out", type=Path, metavar="FOLDER",
+        help="CSV, JSON, JUnit and a page go there; for a folder of submissions FOLDER-grades",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cell-timeout", type=float, default=60.0, metavar="S", help="for one cell (60)"
     )
     parser.add_argument(
-        "--total-timeout", type=float, default=TOTAL_TIMEOUT_S, metavar="S", help="for one notebook"
+        "--total-timeout", type=float, default=600.0, metavar="S", help="for one notebook (600)"
     )
+    parser.add_argument(
+        "--memory", type=int, default=4096, metavar="MIB", help="for one notebook (4096)"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=128, metavar="N",
+        help="processes and threads of one notebook (128)",
+    )  # fmt: skip
     parser.add_argument(
         "--exercises", type=Path, default=EXERCISES, metavar="FOLDER", help="canonical notebooks"
     )
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="notebooks at a time")
+    parser.add_argument("--jobs", type=int, metavar="N", help="notebooks at a time (one a core)")
+    parser.add_argument(
+        "--container", default="", metavar="IMAGE",
+        help="run each notebook in a container of this image; `auto` builds one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--checks", action="append", default=[], metavar="MODULE",
+        help="a module that registers more exercises",
+    )  # fmt: skip
+    parser.add_argument("--again", action="store_true", help="also what was graded already")
 
 
 def run(args: argparse.Namespace) -> int:
     """Grade and print. Returns 0 if every point was earned, 1 if not, 2 if a file is unreadable."""
     for file in filter(None, (args.json, args.junit)):
         require(file.parent.is_dir(), f"cannot write {file}: there is no folder {file.parent}")
-    scores = grade(
-        args.files,
-        cell_timeout=args.cell_timeout,
-        total_timeout=args.total_timeout,
-        out=args.out,
-        exercises=args.exercises,
-        jobs=args.jobs,
-    )
-    print(table(scores))
+    folder = next((Path(f) for f in args.files if Path(f).is_dir()), None)
+    out = args.out
+    if out is None and folder is not None:
+        out = folder.resolve().with_name(f"{folder.resolve().name}-grades")
+    try:
+        scores = grade(
+            args.files,
+            cell_timeout=args.cell_timeout,
+            total_timeout=args.total_timeout,
+            memory=args.memory << 20,
+            processes=args.processes,
+            out=out,
+            exercises=args.exercises,
+            jobs=args.jobs or os.cpu_count() or 1,
+            container=args.container,
+            checks=args.checks,
+            again=args.again,
+        )
+    except KeyboardInterrupt:
+        if out is None:
+            raise
+        raise LabError(f"stopped. What is done is in {out}; the same command goes on") from None
+    text = summary(scores) if folder else table(scores)
+    print(text.encode("utf-8", "replace").decode())  # file names may hold bytes that are no text
+    if line := isolation(scores):
+        print(f"\n{line}", file=sys.stderr)
+    if out is not None:
+        print(f"\nwritten to {out}: scores.csv, canvas.csv, scores.json, scores.xml, report.html")
+    from llmopt_lab.grading import report
+
     if args.json:
-        write_json(scores, args.json)
+        report.write_json(scores, args.json)
     if args.junit:
-        write_junit(scores, args.junit)
+        report.write_junit(scores, args.junit)
     if any(score.error for score in scores):
         return 2
     return 0 if all(score.earned == score.points for score in scores) else 1

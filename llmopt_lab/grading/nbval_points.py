@@ -18,6 +18,8 @@ from queue import Empty
 
 import pytest
 
+from llmopt_lab.grading.submissions import exercise_of
+
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 POLL_SECONDS = 0.5  # how often a waiting test looks whether its kernel lives
 PROPERTIES = ("check", "points", "earned", "misconception", "hint")
@@ -125,11 +127,6 @@ def pytest_terminal_summary(terminalreporter):
     if reports:
         earned, points = (sum(p[key] for _, p in reports) for key in ("earned", "points"))
         terminalreporter.write_line(f"points: {earned} of {points}")
-
-
-def exercise_of(grade_id: str) -> str:
-    """ "paged_attention-slot_mapping-check" is a cell of "paged_attention.slot_mapping"."""
-    return ".".join(grade_id.split("-")[:2])
 
 
 def read_message(message: str) -> tuple[str, str]:
