@@ -175,7 +175,8 @@ def check_same_vocabulary(teacher, student) -> None:
     if isinstance(teacher, Transformer) or isinstance(student, Transformer):
         return
     ours, theirs = (model.tokenizer.get_vocab() for model in (teacher, student))
-    strange = next((token for token, i in ours.items() if theirs.get(token) != i), None)
+    differ = (token for token, i in ours.items() if theirs.get(token) != i)
+    strange = min(differ, key=ours.get, default=None)  # get_vocab has no order of its own
     require(
         strange is None,
         f"the tokenizers differ, for example in {strange!r}: token {ours.get(strange)} of the "
