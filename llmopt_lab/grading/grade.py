@@ -39,6 +39,8 @@ from llmopt_lab.grading.submissions import (
 
 EXERCISES = Path(__file__).resolve().parents[2] / "exercises"
 SLACK_S = 240.0  # for starting processes and for the checks' own work
+# no GPU: a process that has started one must not fork, and kernels are graded in the interpreter
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
 MAX_LINE = 64 << 20  # bytes of a worker's answer
 
 
@@ -54,7 +56,7 @@ class Worker:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "llmopt_lab.grading.worker"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+                env={**os.environ, **ENVIRONMENT}, start_new_session=True,
             )  # fmt: skip
             self._write(self.settings)
         self._write(str(path))
@@ -142,6 +144,12 @@ def grade(
         out is None or not Path(out).exists() or Path(out).is_dir(),
         f"out must be a folder; {out} is a file",
     )
+    if not hasattr(os, "fork"):
+        raise Missing(
+            "grading shuts processes in, which needs Linux or macOS (on Windows: WSL). Your own "
+            "score without that: python -m pytest -p llmopt_lab.grading.nbval_points --nbval-lax "
+            "--nbval-current-env exercises/1_paged_attention.ipynb"
+        )
     for module in ("IPython", "psutil", "nbformat"):
         if importlib.util.find_spec(module) is None:
             raise Missing(f"grading needs {module}. Run: pip install llmopt_lab[lab]")

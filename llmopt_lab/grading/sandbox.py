@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from llmopt_lab.core.errors import LabError, require
@@ -172,17 +173,16 @@ class Nursery:
         (pid,) = struct.unpack(">I", self.control.recv(4, socket.MSG_WAITALL))
         fd = ours.detach()
         channel = Channel(fd, os.dup(fd))
-        box = Box(channel, pid, limits, [], self._reap(pid), folder)
+        box = Box(channel, pid, limits, [], partial(_freeze, pid), folder)
         box.missing = _greet(box, "a process for a learner's code")
         channel.watch = box.watch
         return box
 
-    def _reap(self, pid: int) -> Callable[[], None]:
-        def end() -> None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGSTOP)  # it must not reap, so that pids stay what they are
 
-        return end
+def _freeze(pid: int) -> None:
+    """So that it reaps nobody while its family is being counted and ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP)
 
 
 def _serve_nursery(control: socket.socket) -> None:
