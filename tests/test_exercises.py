@@ -132,7 +132,7 @@ def test_stub_and_solution_have_equal_signatures_and_docstrings(source):
 
 @each_chapter
 def test_the_built_exercises_are_those_of_the_source(source):
-    """The drift test that runs nothing. `build --check` runs the notebooks, too."""
+    """The drift test that runs nothing; nbval runs them in test_notebooks.py."""
     root = build.find_root(source)
     built = (root / "exercises" / f"{source.stem}.ipynb").read_text()
     fresh = build.make_exercise(build.read_source(source))
@@ -234,7 +234,9 @@ def test_each_exercise_needs_the_setup_cells_and_its_own_alone(source, capsys):
 
 @pytest.mark.notebook
 @each_chapter
-def test_the_solution_earns_every_point_and_the_untouched_stub_none(source, tmp_path, monkeypatch):
+def test_the_grader_gives_the_solution_every_point_and_the_untouched_stub_none(
+    source, tmp_path, monkeypatch
+):
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{FIXTURES}")
     solved = build.read_source(source)
     nbformat.write(solved, tmp_path / "solved.ipynb")

@@ -1,5 +1,6 @@
 """The notebooks belong to their sources; the lessons run by nbval against their stored outputs."""
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from llmopt_lab import build
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SOLUTIONS = sorted((ROOT / "solutions").glob("*.ipynb"))
 SECONDS = 90
 each_lesson = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -21,39 +23,56 @@ def test_every_built_notebook_has_a_source():
     assert build.orphans(ROOT) == []
 
 
-@each_lesson
-def test_a_lesson_has_the_cells_of_its_source(path):
+@pytest.mark.parametrize(
+    "path", NOTEBOOKS + SOLUTIONS, ids=lambda path: f"{path.parent.name} {path.stem}"
+)
+def test_a_notebook_has_the_cells_of_its_source(path):
     """Its outputs are nbval's, below."""
-    built, fresh = (
-        nbformat.read(path, as_version=4),
-        build.read_source(path.parent / "source" / f"{path.stem}.py"),
-    )
+    built = nbformat.read(path, as_version=4)
+    fresh = build.read_source(path.parent / "source" / f"{path.stem}.py")
     parts = [[(c.id, c.cell_type, c.source, c.metadata) for c in n.cells] for n in (built, fresh)]
     assert parts[0] == parts[1], f"run: make notebooks ARGS={path.stem.partition('_')[2]}"
 
 
-@pytest.mark.notebook
-@pytest.mark.parametrize("source", build.sources(ROOT, "exercises"), ids=lambda path: path.stem)
-def test_solutions_and_exercises_are_what_their_source_builds(source):
-    for path, text in build.outputs_of(source).items():
-        assert build.difference(path, text) == ""
-
-
-@pytest.mark.notebook
-@each_lesson
-def test_a_lesson_gives_its_stored_outputs_within_90_seconds(path):
-    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-cell-timeout=80", "-q", "-o"]
-    start = time.monotonic()
-    run = subprocess.run(
-        [*command, "addopts=", "-p", "no:cacheprovider", str(path)],
+def nbval(path: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """Run a notebook by nbval, in its own folder, on one core."""
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider",
+         *arguments, str(path)],
         cwd=path.parent,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-    )
+    )  # fmt: skip
+
+
+@pytest.mark.notebook
+@each_lesson
+def test_a_lesson_gives_its_stored_outputs_within_90_seconds(path):
+    start = time.monotonic()
+    run = nbval(path, "--nbval", "--nbval-cell-timeout=80")
     assert run.returncode == 0, run.stdout[-4000:]
     assert time.monotonic() - start < SECONDS
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize("solution", SOLUTIONS, ids=lambda path: path.stem)
+def test_by_nbval_a_solution_earns_every_point_and_the_untouched_exercise_none(solution, tmp_path):
+    checks = {
+        cell.id: cell.metadata.nbgrader.points
+        for cell in nbformat.read(solution, as_version=4).cells
+        if cell.metadata.get("nbgrader", {}).get("grade")
+    }
+    plugin = ("-p", "llmopt_lab.grading.nbval_points", "--points-json")
+    solved = nbval(solution, "--nbval", *plugin, str(tmp_path / "solved"))
+    assert solved.returncode == 0, solved.stdout[-4000:]
+    assert f"points: {sum(checks.values())} of {sum(checks.values())}" in solved.stdout
+    exercise = ROOT / "exercises" / solution.name
+    blank = nbval(exercise, "--nbval-lax", *plugin, str(tmp_path / "blank"))
+    assert f"points: 0 of {sum(checks.values())}" in blank.stdout
+    lines = map(json.loads, (tmp_path / "blank").read_text().splitlines())
+    assert {line["cell"] for line in lines if not line["passed"]} == set(checks)
 
 
 @each_lesson
