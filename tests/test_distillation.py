@@ -94,9 +94,9 @@ def test_jsd_equals_its_definition_written_out(beta):
 
 def test_jsd_at_its_ends_becomes_the_two_kls():
     p, q = log_probabilities(6)
-    near = 1e-9
-    torch.testing.assert_close(jsd(p, q, near) / near, forward_kl(p, q), rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(jsd(p, q, 1 - near) / near, reverse_kl(p, q), rtol=1e-3, atol=1e-6)
+    near = 2.0**-37  # 1 - near is exact; what is left of the limit is far below float32
+    assert_close((jsd(p, q, near) / near).float(), forward_kl(p, q))
+    assert_close((jsd(p, q, 1 - near) / near).float(), reverse_kl(p, q))
     for beta in (0.0, 1.0):
         with pytest.raises(BadInput, match=r"beta must lie in \(0, 1\)"):
             jsd(p, q, beta)
@@ -246,8 +246,8 @@ def test_at_a_high_temperature_distillation_matches_logits():
     """Hinton et al. 2015, section 2.1: the gradient tends to (z - v) / (n_vocab n_rows)."""
     student, teacher, _, _ = ragged(4)
     student, teacher = (x - x.mean(-1, keepdim=True) for x in (student, teacher))
-    got = logit_gradient(student, teacher, temperature=1e4)
-    torch.testing.assert_close(got, (student - teacher) / (37 * 4), rtol=1e-2, atol=1e-4)
+    got = logit_gradient(student, teacher, temperature=1e7)
+    assert_close(got.float(), (student - teacher) / (37 * 4))
 
 
 def test_the_loss_says_what_it_compared():
@@ -443,7 +443,7 @@ def test_a_cache_of_all_tokens_is_the_whole_distribution_up_to_half_precision():
     want = forward_kl((teacher / 2).log_softmax(-1), (student / 2).log_softmax(-1))
     for rest in ("bucket", "renormalise"):
         got = top_k_kl(kept, student, temperature=2.0, rest=rest)
-        torch.testing.assert_close(got, want, rtol=2e-3, atol=2e-3)
+        assert_close(got.half(), want)
 
 
 def test_the_cache_holds_the_exact_log_probabilities_of_the_likeliest_tokens():
@@ -510,11 +510,9 @@ def moments(log_p):
 
 def test_the_forward_kl_ends_with_the_teachers_mean_and_width():
     """Of all distributions of a family with these two statistics, the nearest has the same ones."""
-    mean, width = fit_one_hump(two_humps(), forward_kl)
-    found = moments(hump(*torch.tensor([mean, width]).double()))
-    assert [float(x) for x in found] == pytest.approx(
-        [float(x) for x in moments(two_humps())], 1e-3
-    )
+    mean, width = fit_one_hump(two_humps(), forward_kl, steps=400)
+    found = moments(hump(*torch.tensor([mean, width], dtype=torch.float64)))
+    assert_close(torch.stack(found).float(), torch.stack(moments(two_humps())))
     assert width > 3 * 0.7
 
 
@@ -522,9 +520,9 @@ def test_the_forward_kl_ends_with_the_teachers_mean_and_width():
 def test_the_reverse_kl_ends_on_the_hump_it_begins_near(start, want, share):
     """And its value there is -log of that hump's share: the other one costs nothing."""
     mean, width = fit_one_hump(two_humps(), reverse_kl, mean=start)
-    assert (mean, width) == pytest.approx((want, 0.7), abs=0.01)
+    assert_close(torch.tensor([mean, width]).half(), torch.tensor([want, 0.7]))
     left = reverse_kl(two_humps().double(), hump(*torch.tensor([mean, width]).double()))
-    assert float(left) == pytest.approx(-math.log(share), abs=1e-3)
+    assert_close(left.half(), torch.tensor(-math.log(share)))
 
 
 def test_a_mean_over_nothing_is_zero_and_no_nan():
