@@ -385,7 +385,7 @@ learn, unseen = b"\n".join(documents[:-2]), b"\n".join(documents[-2:])
 runs = {way: SmallTraining(way, learn) for way in WAYS}
 history = {way: [] for way in WAYS}
 live = Live()
-for _ in range(10):
+for _ in range(15):
     for way, run in runs.items():
         history[way].append(run.advance(12))
     live.show(training_frame(history))
@@ -394,7 +394,7 @@ for _ in range(10):
 print(f"bits a byte of {len(unseen):,} bytes that were not trained on:")
 for way, run in runs.items():
     print(f"  {way:5} {run.bits_per_byte(unseen):.3f}")
-Player([training_frame(history, i) for i in range(10)], title="The same, step by step")
+Player([training_frame(history, i) for i in range(15)], title="The same, step by step")
 
 # %% [markdown]
 # *Only the picture answers these:*
@@ -402,7 +402,7 @@ Player([training_frame(history, i) for i in range(10)], title="The same, step by
 # - Which of the other two is even first, and which is even at the end?
 #
 # Nobody planned the collapse: an expert that is chosen learns, so it is chosen more often. The text is
-# predicted only a little worse for it *here*, where most of what can be learned in 120 steps is learned by
+# predicted only a little worse for it *here*, where most of what can be learned in 180 steps is learned by
 # few experts as well. But the others are paid for in memory and do nothing, and in section 8 the machine
 # that holds the busy ones is the one that all others wait for.
 #

@@ -47,7 +47,7 @@ def test_the_notebook_runs_and_moves(open_lab):
     expect(guess).to_contain_text(re.compile(r"It is 98\.8.*; you said 50"))
 
     # the live picture of the training: drawn anew at each report, the last one stays
-    live = lab.page.locator("figure img[alt^='Step 120. none:']")
+    live = lab.page.locator("figure img[alt^='Step 180. none:']")
     assert live.count() == 1
     live.scroll_into_view_if_needed()
     assert live.evaluate("picture => picture.naturalWidth") > 300
