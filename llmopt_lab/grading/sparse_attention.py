@@ -15,8 +15,12 @@ from llmopt_lab.grading.checks import (
     NotYet,
     exercise,
     expect_kernel,
+    expect_no_nan,
+    expect_numbers,
     expect_or_name,
     expect_parts,
+    expect_stored,
+    expect_untouched,
     launched,
 )
 from llmopt_lab.sparse_attention import Causal, SlidingWindow, cover, sparse_attention
@@ -126,28 +130,28 @@ def _perturbed(
 
 def _boxes():
     """(who, attention, the keys that it really reads, q k v)."""
-
-    def under(mask: Tensor) -> Callable:
-        return lambda q, k, v: attention_oracle(q, k, v, mask)
-
-    def total_of_all(mask: Tensor) -> Callable:
-        return lambda q, k, v: (torch.softmax(q @ k.T, dim=1) * mask) @ v
-
-    def means(mask: Tensor) -> Callable:
-        return lambda q, k, v: (mask / mask.sum(1, keepdim=True)).to(v.dtype) @ v
-
     rows, cols = _rows_cols(7, 7)
     causal, square = cols <= rows, _head(7, 7, 4, 3)
-    yield "a causal attention, 7 tokens", under(causal), causal, square
+    yield "a causal attention, 7 tokens", partial(attention_oracle, mask=causal), causal, square
 
     zeros = tuple(x.clone() for x in square)
     zeros[1][3] = zeros[2][3] = 0
     near = (rows - cols).abs() <= 1
-    yield "an attention to the neighbours, 7 tokens", under(near), near, zeros
+    yield (
+        "an attention to the neighbours, 7 tokens",
+        partial(attention_oracle, mask=near),
+        near,
+        zeros,
+    )
 
     rows, cols = _rows_cols(5, 9)
     window = (cols <= rows) & (cols > rows - 4)
-    yield "a window of 4 keys, 5 queries and 9 keys", under(window), window, _head(5, 9, 4, 3)
+    yield (
+        "a window of 4 keys, 5 queries and 9 keys",
+        partial(attention_oracle, mask=window),
+        window,
+        _head(5, 9, 4, 3),
+    )
 
     rows, cols = _rows_cols(10, 10)
     marked = (rows == 0) | (cols >= rows - 2) & (cols < rows + 2)
@@ -160,17 +164,27 @@ def _boxes():
 
     rows, cols = _rows_cols(6, 6)
     local = (cols <= rows) & (cols > rows - 2)
-    yield "a mean of two values, 6 tokens", means(local), local, _head(6, 6, 4, 3)
+    yield "a mean of two values, 6 tokens", partial(_mean, mask=local), local, _head(6, 6, 4, 3)
 
     everything = torch.ones(6, 6, dtype=torch.bool)
     what, six = "one that masks after the softmax, 6 tokens", _head(6, 6, 4, 3)
-    yield what, total_of_all(local), everything, six
-
-    def leaks_a_little(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention_oracle(q, k, v, local) + 1e-4 * v[-1]
+    yield what, partial(_masked, mask=local, how="after"), everything, six
 
     last = local | (cols == 5)
-    yield "a window with a weak link to the last token, 6 tokens", leaks_a_little, last, six
+    yield (
+        "a window with a weak link to the last token, 6 tokens",
+        partial(_leaks, mask=local),
+        last,
+        six,
+    )
+
+
+def _mean(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor) -> Tensor:
+    return (mask / mask.sum(1, keepdim=True)).to(v.dtype) @ v
+
+
+def _leaks(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor) -> Tensor:
+    return attention_oracle(q, k, v, mask) + 1e-4 * v[-1]
 
 
 def _batched(attention: Callable, q: Tensor, k: Tensor, v: Tensor, **settings) -> Tensor:
@@ -366,8 +380,8 @@ def _(future_read):
     # layer by layer, of each token: whom it reads
     links = [((5,), (), (), (), (1,)), ((0,), (), (), (4,)), ((), (5,), (0,))]
     for what, patterns, n in [
-        ("first 0 reads 5 and 4 reads 1, then 0 reads 0 and 3 reads 4, then 1 reads 5 and 2 reads "
-         "0", [Listed(layer) for layer in links], 6),
+        ("three layers: 0 reads 5, 4 reads 1; then 0 reads 0, 3 reads 4; then 1 reads 5, 2 reads 0",
+         [Listed(layer) for layer in links], 6),
         ("two causal windows", [window, window], 7),
         ("one symmetric window", [SlidingWindow(3, causal=False)], 6),
         ("Longformer, token 0 global, one layer", [longformer(3, (0,))], 7),
@@ -680,7 +694,7 @@ def _(window_traffic):
         lists = cover(pattern, n, n, tile_q=tile_q, tile_k=tile_k)
         with recording(Load) as trace:
             sparse_attention(x, x, x, pattern, lists=lists)
-        call = f"window_traffic(n={n}, width={width}, {tile_q}, {tile_k}, d={d}, {itemsize})"
+        call = f"window_traffic({n=}, {width=}, {tile_q=}, {tile_k=}, {d=}, {itemsize=})"
         got = window_traffic(n, width, tile_q, tile_k, d, itemsize)
         expect_parts(got, "blocks", "bytes")
         n_live, walk = int(lists.n_live.sum()), partial(_walk, n, width, tile_q, tile_k)
@@ -789,21 +803,14 @@ def _(sparse_head):
         with recording(Load, Store) as trace:
             sparse_head(*inputs, out, tile_q=tile_q, tile_k=tile_k)
         what += f", blocks of {tile_q} x {tile_k}"
-        if out.isnan().all():
-            raise NotYet(
-                f"{what}: nothing was written to out",
-                misconception="stores-nothing",
-                hint="after the last block of keys: store('O', out, rows, ..)",
-            )
+        expect_stored(what, "out", out, "after the last block of keys: store('O', out, rows, ..)")
         want = attention_oracle(q, k, v, mask)
-        blind_rows = ~mask.any(1)
-        if blind_rows.any() and out[blind_rows].isnan().any():
-            raise NotYet(
-                f"{what}: the rows of the queries that see nothing are NaN, expected zeros",
-                misconception="nan-from-nothing",
-                hint="their total is 0, and 0 / 0 is NaN: divide by 1 where total is 0. Such a "
-                "row of the result must still be stored",
-            )
+        expect_no_nan(
+            f"{what}, the rows that must be zeros", out[~mask.any(1)],
+            "such a query sees nothing: its total is 0, and 0 / 0 is NaN. Divide by 1 where total "
+            "is 0, and store such a row, too",
+            misconception="nan-from-nothing",
+        )  # fmt: skip
         grid = live.repeat_interleave(tile_q, 0).repeat_interleave(tile_k, 1)[:n_q, :n_k]
         complete = full.repeat_interleave(tile_q, 0).repeat_interleave(tile_k, 1)[:n_q, :n_k]
         expect_or_name(
@@ -963,24 +970,13 @@ def _step(
     value_too: bool = True,
 ) -> Tensor:  # fmt: skip
     """One step of a rolling cache; or of one with a mistake."""
-    where = slot(t, n_sinks, len(keys) - n_sinks)
-    n_held = held(t, len(keys))
-
-    def attend() -> Tensor:
-        scores = keys[:n_held] @ q * (q.shape[0] ** -0.5 if scale else 1)
-        return torch.softmax(scores, dim=0) @ values[:n_held]
-
-    def write() -> None:
-        keys[where] = k
-        if value_too:
-            values[where] = v
-
-    if late:
-        out = attend()
-        write()
-        return out
-    write()
-    return attend()
+    where, n_held = slot(t, n_sinks, len(keys) - n_sinks), held(t, len(keys))
+    before = (keys.clone(), values.clone()) if late else (keys, values)
+    keys[where] = k
+    if value_too:
+        values[where] = v
+    scores = before[0][:n_held] @ q * (q.shape[0] ** -0.5 if scale else 1)
+    return torch.softmax(scores, dim=0) @ before[1][:n_held]
 
 
 def _streamed(step: Callable, q: Tensor, k: Tensor, v: Tensor, n_sinks: int, window: int) -> Tensor:
@@ -1033,10 +1029,7 @@ def _(block_recall):
         expect_parts(got, "recall", "best")
         mass = block_mass(p[None], tile, tile, 1)[0]
         chosen, best = _top(scores, may, n_blocks), _top(mass, may, n_blocks)
-
-        def share(where: Tensor, mass: Tensor = mass, n: int = n) -> float:
-            return float((mass * where).sum() / n)
-
+        share = partial(_share, mass)
         per_row = mass / mass.sum(1, keepdim=True)
         many = _top(scores, may, n_blocks + 1)
         one = _top(scores[-1:].expand_as(scores), torch.ones_like(may), n_blocks)
@@ -1097,6 +1090,11 @@ def _(block_recall):
         )  # fmt: skip
 
 
+def _share(mass: Tensor, where: Tensor) -> float:
+    """Of all the attention."""
+    return float((mass * where).sum() / mass.sum())
+
+
 def _top(scores: Tensor, may: Tensor, n: int) -> Tensor:
     """Where the n largest scores of each row are, among those that may be chosen: bool."""
     order = scores.masked_fill(~may, -torch.inf).argsort(1, descending=True)
@@ -1141,27 +1139,25 @@ def _(kernel):
         live, full = _cover(mask, 16, 16)
         got = _launch(kernel, what, q, k, v, mask, live, full)
         want = attention_oracle(q, k, v, mask)
-        if got.isnan().all():
-            raise NotYet(
-                f"{what}: every number of out is NaN",
-                misconception="writes-nothing",
-                hint="does the kernel end in a tl.store to its own rows of out?",
-            )
-        if got.isnan().any() and not _nan_from_nothing(got, mask, live, full):
-            raise NotYet(
-                f"{what}: some numbers of out are NaN",
-                misconception="reads-astray",
-                hint="it reads outside the tensors: -1 behind the end of a list is no block. Only "
-                "n_live entries of a list count",
-            )
-        if got.isnan().any():
-            raise NotYet(
-                f"{what}: NaN in the rows of queries that see nothing, or nothing in the first "
-                "block of their list",
-                misconception="nan-from-nothing",
-                hint="two places make it. m stays -inf, and -inf - -inf is NaN: subtract 0 there. "
-                "total stays 0, and 0 / 0 is NaN: divide by tl.where(total > 0, total, 1.0)",
-            )
+        expect_numbers(
+            what, "out", got,
+            "does the kernel end in a tl.store to its own rows of out? If so, it reads outside the "
+            "tensors: take the address of a key apart, (head, col, d)",
+        )  # fmt: skip
+        at_first = _seen_at_first(mask, live, full)
+        expect_no_nan(
+            f"{what}, queries that see a key in the first block of their list", got[:, at_first],
+            "it reads outside the tensors: -1 behind the end of a list is no block. Only n_live "
+            "entries of a list count",
+            misconception="reads-astray",
+        )  # fmt: skip
+        expect_no_nan(
+            f"{what}, queries that see no key in the first block of their list, or none at all",
+            got[:, ~at_first],
+            "two places make it. m stays -inf, and -inf - -inf is NaN: subtract 0 there. total "
+            "stays 0, and 0 / 0 is NaN: divide by tl.where(total > 0, total, 1.0)",
+            misconception="nan-from-nothing",
+        )  # fmt: skip
         expect_or_name(
             what + ": result", got, want,
             "compare with your loop of exercise 9 line by line: address, mask, running softmax",
@@ -1211,22 +1207,21 @@ def _launch(kernel, what: str, q, k, v, mask: Tensor, live: Tensor, full: Tensor
             q3[1], k3[1], v3[1], blocks[1], counts[1], counts[0], mask3[1, 16:], out[1],
             n_q, n_k, d**-0.5, MOST=most, D=d, TILE=16,
         )  # fmt: skip
-    if not out[[0, 2]].isnan().all():
-        raise NotYet(
-            f"{what}: something was written outside of out",
-            misconception="writes-past-its-queries",
-            hint="the last block of queries is shorter: store with the mask row < n_q",
-        )
+    expect_untouched(
+        what, "out", ~out[[0, 2]].isnan(),
+        "the last block of queries is shorter: store with the mask row < n_q",
+        misconception="writes-past-its-queries",
+    )  # fmt: skip
     return out[1].cpu()
 
 
-def _nan_from_nothing(got: Tensor, mask: Tensor, live: Tensor, full: Tensor) -> bool:
-    """Whether NaN is where a query had seen nothing after the first block of its list."""
+def _seen_at_first(mask: Tensor, live: Tensor, full: Tensor) -> Tensor:
+    """Whether a query sees a key in the first block of its list, (n_q,) bool."""
+    seen = torch.zeros(len(mask), dtype=torch.bool)
     for rows, blocks in zip(tiles(len(mask), 16), _lists(live, full), strict=True):
-        first = slice(blocks[0] * 16, blocks[0] * 16 + 16) if blocks else slice(0, 0)
-        if got[:, rows][:, mask[rows, first].any(1)].isnan().any():
-            return False
-    return True
+        for block in blocks[:1]:
+            seen[rows] = mask[rows, block * 16 : block * 16 + 16].any(1)
+    return seen
 
 
 def _kernel_mistakes(q, k, v, mask: Tensor, live: Tensor, full: Tensor) -> list[Mistake]:

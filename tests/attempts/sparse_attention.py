@@ -900,7 +900,7 @@ WRONG = {
         (Sparse("rescale"), "forgets-to-rescale"),
         (Sparse("normalise"), "forgets-to-normalise"),
         (Sparse("guard"), "nan-from-nothing"),
-        (Sparse("store"), "writes-nothing"),
+        (Sparse("store"), "writes-nothing-or-reads-astray"),
         (raises_in_the_kernel, "raises"),
         (lambda *args: None, "not-a-kernel"),
     ],
