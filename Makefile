@@ -63,7 +63,22 @@ define set_up
 	fi
 	@echo "== Installing into $(1) (minutes the first time)"
 	@touch $(1)/installing
-	@status=0; { $(2); } || status=$$?; rm -f $(1)/installing; exit $$status
+	@rm -f $(1)/install.log; export PIP_LOG=$(1)/install.log; \
+	status=0; { $(2); } || status=$$?; rm -f $(1)/installing; \
+	if [ $$status != 0 ]; then $(call say_why,$(1)/install.log) >&2; fi; exit $$status
+endef
+
+# One sentence after pip's many, for the two reasons that a newcomer meets.
+define say_why
+	if grep -sqi "no space left on device" $(1); then \
+		echo "The disk is full, $$(df -Ph . | awk 'NR == 2 {print $$4}') are left here: free some" \
+			"(torch for GPUs takes gigabytes, see TORCH_INDEX), then run make again."; \
+	elif grep -sqiE "name resolution|network is unreachable|connection (refused|reset|timed out|broken)|max retries|proxyerror|could not find a version.*from versions: none" $(1); then \
+		echo "No network: pip could not reach its index. Connect, then run make again; what is" \
+			"already there stays."; \
+	else \
+		echo "Installing stopped: the lines above say why. Run make again when it is mended."; \
+	fi
 endef
 
 # torch comes alone from TORCH_INDEX, then everything else from the usual place.

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import errno
 import importlib
 import os
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 from llmopt_lab.core.errors import LabError, require
 
 HOME = Path(__file__).parent
+# a full disk, no right to write: the system's own sentence says all
+NOT_OURS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,6 +30,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except LabError as error:
         print(f"llmopt: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in NOT_OURS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"llmopt: {where}{error.strerror}", file=sys.stderr)
         return 2
 
 

@@ -1,6 +1,7 @@
 """The house itself: pinned versions, conda's list, Colab's stack, make, the command, the README."""
 
 import ast
+import errno
 import os
 import re
 import shutil
@@ -368,7 +369,7 @@ case "$1 $2 $3" in
   "-m venv --clear") rm -rf "$4"; mkdir -p "$4/bin"
      cp "$0" "$4/bin/python"; printf '#!/bin/sh\\n' > "$4/bin/llmopt"; chmod +x "$4/bin/llmopt" ;;
   "-m pip --disable-pip-version-check")
-     if [ "$4" = install ] && [ -n "$BREAK" ]; then exit 3; fi ;;
+     if [ "$4" = install ] && [ -n "$BREAK" ]; then echo "$BREAK" >> "$PIP_LOG"; exit 3; fi ;;
   "--version  ") echo "Python 3.11.99" ;;
   -c*) exec "$REAL" -c "import sys; sys.version_info = ($VERSION, 1); exec(sys.argv[1])" "$2" ;;
 esac
@@ -386,14 +387,14 @@ class Maker:
         self.python.write_text(FAKE_PYTHON)
         self.python.chmod(0o755)
 
-    def __call__(self, *arguments: str, version: str = "3, 12", fail: bool = False):
+    def __call__(self, *arguments: str, version: str = "3, 12", fail: bool | str = False):
         """Run make; return its result and the venv and pip commands it gave."""
         self.log.write_text("")
         environment = os.environ | {
             "LOG": str(self.log),
             "REAL": sys.executable,
             "VERSION": version,
-            "BREAK": "1" if fail else "",
+            "BREAK": str(fail) if fail else "",
         }
         done = subprocess.run(
             ["make", f"PYTHON={self.python}", *arguments],
@@ -435,6 +436,37 @@ def test_an_install_that_failed_is_tried_again_in_the_same_environment(maker):
     assert done.returncode != 0 and not (maker.folder / ".venv" / "ready").exists()
     done, asked = maker(".venv")
     assert done.returncode == 0 and not any("--clear" in line for line in asked)
+
+
+@pytest.mark.parametrize(
+    ("pip_says", "sentence"),
+    [
+        (
+            "Failed to establish a new connection: [Errno -3] Temporary failure in name resolution",
+            "No network: pip could not reach its index.",
+        ),
+        (
+            "ERROR: Could not find a version that satisfies torch (from versions: none)",
+            "No network: pip could not reach its index.",
+        ),
+        ("OSError: [Errno 28] No space left on device", r"The disk is full, \d\S* are left here:"),
+        ("error: subprocess-exited-with-error", "Installing stopped: the lines above say why."),
+    ],
+)
+def test_an_install_that_fails_ends_in_one_clear_sentence(pip_says, sentence, maker):
+    done, _ = maker(".venv", fail=pip_says)
+    said = [line for line in done.stderr.splitlines() if not line.startswith("make")]
+    assert done.returncode != 0 and len(said) == 1 and re.match(sentence, said[0]), done.stderr
+    assert maker(".venv")[0].returncode == 0, "and made again it works"
+
+
+def test_a_full_disk_and_a_forbidden_folder_are_one_sentence_of_the_command(monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "pages/index.html")
+
+    monkeypatch.setattr(cli, "show", full)
+    assert cli.main(["show", cli.rooms()[0]]) == 2
+    assert capsys.readouterr().err == "llmopt: pages/index.html: No space left on device\n"
 
 
 @pytest.mark.parametrize("damage", ["cut off while installing", "no python in it"])

@@ -1,4 +1,4 @@
-"""nbgrader takes the notebooks as they are: its own assignment and autograding in its own course."""
+"""nbgrader takes the notebooks as they are: its own assignment and autograding, in its course."""
 
 import contextlib
 import os
