@@ -44,7 +44,8 @@ CELLS = {
     },
     "a fork bomb": {"ceil_div": "import os\nwhile True:\n    os.fork()"},
     "gigabytes of output": {
-        "ceil_div": "for _ in range(2000):\n    print('x' * 1_000_000)\n"
+        "ceil_div": "import os\nfor _ in range(20):\n    os.write(1, bytes(100_000_000))\n"
+                    "print('x' * 50_000_000)\n"
                     "def ceil_div(a, b):\n    print('y' * 10_000_000)\n    return -(-a // b)",
     },
     "a full disk": {"ceil_div": "with open('big', 'wb') as file:\n    for _ in range(4000):\n"

@@ -234,6 +234,7 @@ TENSOR = {"tensor": "float32", "shape": [2**20, 2**20], "stride": [0, 0], "at": 
          "garbage"),
         (message(do="return", value={"yours": 10**6}), "garbage"),
         (message(do="return", value={"lent": 3}), "garbage"),
+        (message(do="return", value={"range": [0, 10**15, 1]}), "garbage"),
         (message(do="return", value=TENSOR), "garbage"),
         (message(do="return", value=1, back=[[5, {"items": []}]]), "garbage"),
         (message(do="return", value=1, records=[{"far": 1, "type": "Load"}]), "garbage"),

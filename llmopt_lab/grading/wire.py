@@ -31,7 +31,7 @@ from llmopt_lab.core import errors
 from llmopt_lab.core.trace import Record
 from llmopt_lab.grading.checks import NotYet, learners_frame
 
-MAX_TEXT = 32 << 20  # bytes of JSON in a message
+MAX_TEXT = 16 << 20  # bytes of JSON in a message
 MAX_BYTES = 256 << 20  # of tensors in a message, and of one tensor spread out
 MAX_ITEMS = 1_000_000  # of a container
 MAX_DEPTH = 60  # of containers in containers, and of calls in calls
@@ -365,7 +365,9 @@ class Codec:
             case {"slice": parts}:
                 return slice(*(self.decode(x, blobs, depth + 1) for x in parts))
             case {"range": parts}:
-                return range(*parts)
+                if len(value := range(*parts)) > MAX_ITEMS:
+                    raise Garbled(f"{value} is too long")
+                return value
             case {"size": parts}:
                 return torch.Size(parts)
             case {"fraction": [n, d]}:

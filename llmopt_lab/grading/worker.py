@@ -4,9 +4,11 @@ It reads one line of JSON with its settings, then the path of a notebook a line,
 with a line of JSON: verdicts and minutes, or the reason why the notebook cannot be graded.
 """
 
+import contextlib
 import importlib
 import json
 import os
+import resource
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +26,8 @@ from llmopt_lab.grading.submissions import (
     restore,
 )
 
+JUDGES_MEMORY = 8 << 30  # bytes
+
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
@@ -38,6 +42,8 @@ def main() -> None:
     limits = Limits(**settings["limits"])
     engine, image = settings["engine"], settings["image"]
     nursery = None if engine else Nursery(settings["hidden"])
+    with contextlib.suppress(OSError, ValueError):  # an answer may make a check hungry
+        resource.setrlimit(resource.RLIMIT_DATA, (JUDGES_MEMORY, JUDGES_MEMORY))
     canonical = read_canonical(Path(settings["exercises"]))
     missing: set[str] = set()
 
