@@ -52,9 +52,8 @@ def as_markdown(found: list[Takeaway]) -> str:
     """The table that notebook 0 shows, with a link to each measuring cell."""
     rows = ["| the guide says | measured |", "|---|---|"]
     for t in found:
-        rows.append(
-            f"| **{t.title}**: {t.guide} | {t.measured} [Where it was measured]({t.lesson}) |"
-        )
+        link = f"[Measured in lesson {t.chapter}]({t.lesson})"
+        rows.append(f"| **{t.title}**: {t.guide} | {t.measured} {link} |")
     return "\n".join(rows)
 
 

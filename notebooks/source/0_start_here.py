@@ -198,8 +198,8 @@ Complete(next_token, lm.encode, lm.decode, prompt=prompt, eos=lm.eos)
 # | 2. Flash Attention | [lesson 2](2_flash_attention.ipynb) | its section 3 | [11](../exercises/2_flash_attention.ipynb) |
 # | 3. Mixture of Experts (MoE) | [lesson 3](3_moe.ipynb) | its section 3 | [11](../exercises/3_moe.ipynb) |
 # | 4. Quantization | [lesson 4](4_quantization.ipynb) | its section 3 | [12](../exercises/4_quantization.ipynb) |
-# | 5. Sparse Attention | [lesson 5](5_sparse_attention.ipynb) | its section 3 | [all](../exercises/5_sparse_attention.ipynb) |
-# | 6. SLM & Distillation | [lesson 6](6_distillation.ipynb) | its section 3 | [all](../exercises/6_distillation.ipynb) |
+# | 5. Sparse Attention | [lesson 5](5_sparse_attention.ipynb) | its section 3 | [12](../exercises/5_sparse_attention.ipynb) |
+# | 6. SLM & Distillation | [lesson 6](6_distillation.ipynb) | its section 3 | [12](../exercises/6_distillation.ipynb) |
 # | 7. Speculative Decoding | [lesson 7](7_speculative_decoding.ipynb) | its section 3 | [12](../exercises/7_speculative_decoding.ipynb) |
 #
 # It ends with seven key takeaways. Each holds a truth, and none is true as it stands. Which of its
