@@ -151,7 +151,7 @@ def real_mask(attention: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     Args:
         attention: attention(q, k, v) -> (n_q, d_v); a black box.
-        q: (n_q, d). k: (n_k, d). v: (n_k, d_v). One token has a key and a value of zeros.
+        q: (n_q, d). k: (n_k, d). v: (n_k, d_v). Some may be zeros.
     """
     ### BEGIN SOLUTION
     before = attention(q, k, v)
@@ -484,10 +484,11 @@ check("sparse_attention.best_stride", best_stride)
 # A GPU multiplies tiles, not single pairs. So a kernel takes a mask in *blocks*: a block of queries
 # times a block of keys is visited whole or not at all. In a visited block the hidden pairs are computed
 # and masked. That costs time. A pair that counts, in a block that is not visited, costs the right
-# result. So the cover must be conservative.
+# result. So the cover must be conservative. A causal window of 5, with 4 queries
+# and 7 keys, 3 of them cached:
 #
 # ```text
-#           keys 0-2    3-5    6       a causal window of 5: 4 queries, 7 keys, 3 of them cached
+#           keys 0-2    3-5    6
 # query 0     x x x | x . . | .
 # query 1     x x x | x x . | .        live      full
 # ----------------------------         x x .     x . .
