@@ -929,35 +929,31 @@ else:
 #
 # **It costs the teacher.** A training step of a student with $S$ parameters takes about $6S$ operations a token;
 # a teacher of $P$ parameters adds a forward pass, $2P$. Serving a token then takes $2S$ instead of $2P$. So after
-# how many *served* tokens is the training paid back? Slide; each frame is an amount of training text.
+# how many *served* tokens is the training paid back? Slide; each frame is a size of student.
 
 # %%
 from llmopt_lab.widgets.panels import Bar, Bars, Frame, Meter
 
 
-def pays_back(share, epochs):
-    """Served tokens until the student's training is paid back, a frame an amount of text."""
+def pays_back(billions, epochs):
+    """Served tokens until the student's training is paid back, a frame a size of student."""
     made = []
-    for billions in (1, 3, 10, 30, 100, 300):
+    for share in (0.02, 0.05, 0.14, 0.3, 0.59, 0.8):
         seen = billions * epochs
-        labels_ = 6 * share * seen
-        costs = {
-            "labels": labels_,
-            "asked": labels_ + 2 * seen,
-            "kept": labels_ + 2 * billions,
-        }
+        on_labels = 6 * share * seen
+        costs = {"labels": on_labels, "asked": on_labels + 2 * seen, "kept": on_labels + 2 * billions}
         served = {name: cost / (2 * (1 - share)) for name, cost in costs.items()}
         tones = ("idle", "bad", "good")
         bars = tuple(Bar(name, value, tone) for (name, value), tone in zip(served.items(), tones, strict=True))
         made.append(
             Frame(
-                f"{billions} billion tokens read {epochs} times by a student of {share:.0%} of its teacher: paid back "
+                f"A student of {share:.0%} of its teacher reads {billions} billion tokens {epochs} times: paid back "
                 f"after {served['asked']:,.1f} billion served tokens, {served['labels']:,.1f} without a teacher, "
                 f"{served['kept']:,.1f} if its answers are kept. For the price of one distilled run the labels "
-                f"could be read {costs['asked'] / labels_:.1f} times as long.",
+                f"could be read {costs['asked'] / on_labels:.1f} times as long.",
                 (
                     Bars("billions of served tokens until it has paid", bars),
-                    Meter("cost of a distilled run, in runs on labels", round(costs["asked"] / labels_, 2), "times"),
+                    Meter("cost of a distilled run, in runs on labels", round(costs["asked"] / on_labels, 2), "times"),
                 ),
                 legend=(("idle", "labels alone"), ("bad", "teacher asked each epoch"), ("good", "teacher asked once")),
             )
@@ -967,7 +963,7 @@ def pays_back(share, epochs):
 
 Explore(
     pays_back,
-    share=Choice("student's size, of the teacher's", (0.02, 0.05, 0.14, 0.3, 0.59, 0.8), 0.14),
+    billions=Choice("billions of tokens to learn from", (1, 3, 10, 30, 100, 300), 10),
     epochs=Choice("epochs", (1, 2, 4), 2),
 )
 

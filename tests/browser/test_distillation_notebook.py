@@ -14,7 +14,7 @@ NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "6_distillation.ipynb"
 def player_titled(lab, title: str):
     player = lab.page.locator(".lm-player", has_text=title).first
     player.wait_for()
-    player.scroll_into_view_if_needed()
+    lab.settled_box(player)
     return player
 
 
@@ -25,7 +25,7 @@ def captions(player) -> list[str]:
 
 def explore_with(lab, label: str):
     box = lab.page.locator(".widget-vbox", has_text=label).first
-    box.scroll_into_view_if_needed()
+    lab.settled_box(box)
     return box
 
 
@@ -36,7 +36,7 @@ def test_the_notebook_runs_and_moves(open_lab):
     assert lab.page.locator(".jp-RenderedText[data-mime-type*='error']").count() == 0
 
     guess = lab.page.locator(".lm-predict").first
-    guess.scroll_into_view_if_needed()
+    lab.settled_box(guess)
     guess.get_by_role("spinbutton").fill("60")
     guess.get_by_role("button", name=re.compile("lock", re.IGNORECASE)).click()
     expect(guess).to_contain_text("It is 20 %; you said 60 %")
@@ -80,9 +80,9 @@ def test_the_notebook_runs_and_moves(open_lab):
     lab.page.keyboard.press("End")
     assert captions(chunks)[-1].startswith("Chunk 3 of 3, tokens 6 to 8")
 
-    paid = explore_with(lab, "student's size, of the teacher's")
-    paid.locator(".lm-slide").first.focus()
-    lab.page.keyboard.press("Home")
+    paid = explore_with(lab, "billions of tokens to learn from")
+    paid.locator(".lm-stage").click()
+    lab.page.keyboard.press("Home")  # the smallest student
     expect(paid.locator(".lm-caption").last).to_contain_text("could be read 17.7 times as long")
     # the badge at the top is an image of Colab's, and there may be no network
     assert [error for error in lab.errors if "ERR_NAME_NOT_RESOLVED" not in error] == []
