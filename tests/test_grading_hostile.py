@@ -24,7 +24,7 @@ FIXTURES = ROOT / "tests" / "fixtures"
 EXERCISES = FIXTURES / "course" / "exercises"
 SOLVED = build.read_source(FIXTURES / "course" / "solutions" / "source" / "0_demo.py")
 FULL = {"demo.ceil_div": 1, "demo.running_total": 2, "demo.n_bytes": 1}
-CELL_TIMEOUT = 6
+CELL_TIMEOUT = 8
 LATE = f"did not finish within {CELL_TIMEOUT} seconds"
 WRONG = "def ceil_div(a, b):\n    return a // b\n"
 PASS_MARK = "print('demo.ceil_div: done, 1 point')\n"
@@ -39,8 +39,8 @@ CELLS = {
     },
     "a memory hog": {"ceil_div": "hog = bytearray(8 << 30)"},
     "a hog in shared memory": {
-        "n_bytes": "import mmap\nhog = mmap.mmap(-1, 8 << 30)\n"
-                   "for _ in range(8 << 10):\n    hog.write(b'x' * (1 << 20))",
+        "n_bytes": "import mmap\nhog, much = mmap.mmap(-1, 8 << 30), bytes(32 << 20)\n"
+                   "for _ in range(256):\n    hog.write(much)",
     },
     "a fork bomb": {"ceil_div": "import os\nwhile True:\n    os.fork()"},
     "gigabytes of output": {
@@ -82,7 +82,7 @@ CELLS = {
                    "    __ne__ = lambda a, b: False\n    __hash__ = int.__hash__\n"
                    "def n_bytes():\n    return Equal(7)",
     },
-    "answers too much": {"n_bytes": "def n_bytes():\n    return [0] * 30_000_000"},
+    "answers too much": {"n_bytes": "def n_bytes():\n    return [0] * 3_000_000"},
     "talks on the wire itself": {
         "ceil_div": "import os\nfor fd in range(3, 60):\n    try:\n"
                     "        os.write(fd, bytes([0, 0, 0, 2, 0, 0, 0, 0]) + b'{}')\n"
@@ -117,7 +117,7 @@ class Class:
             patch.setenv("MARK_OF_THIS_TEST", str(folder))
             self.scores = grade(
                 [self.submissions], exercises=EXERCISES, checks=["demo_checks"], jobs=2,
-                cell_timeout=CELL_TIMEOUT, total_timeout=60, memory=1 << 30, processes=40,
+                cell_timeout=CELL_TIMEOUT, total_timeout=60, memory=512 << 20, processes=40,
                 out=folder / "out",
             )  # fmt: skip
         self.by_student: dict[str, Score] = {s.student: s for s in self.scores}
@@ -220,7 +220,7 @@ def test_memory_that_is_too_much_is_refused(handed_in):
 
 
 def test_shared_memory_counts_as_well(handed_in):
-    costs(handed_in, "a hog in shared memory", n_bytes="more than 1,024 MiB")
+    costs(handed_in, "a hog in shared memory", n_bytes="more than 512 MiB")
 
 
 def test_a_fork_bomb_runs_into_its_own_limit(handed_in):
