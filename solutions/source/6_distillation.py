@@ -453,8 +453,8 @@ check("distillation.train_step", (train_step, one_step))
 # make one. Which is the best one? It depends on whose mistakes count:
 #
 # ```text
-# forward KL(p || q)   sum of p log(p / q)   places that the TEACHER visits
-# reverse KL(q || p)   sum of q log(q / p)   places that the STUDENT visits
+# forward KL(p || q)   sum of p log(p / q)   where the TEACHER goes
+# reverse KL(q || p)   sum of q log(q / p)   where the STUDENT goes
 # ```
 
 # %%
@@ -536,13 +536,16 @@ for k in (1, 4, 16, 64):
     print(f"{k:3} of {p.shape[1]:,} tokens: {p.topk(k).values.sum(dim=-1).mean():.3f} of the mass")
 
 # %% [markdown]
-# What is left out is small, and it must not be forgotten: scale the k up to a sum of 1, and the student
-# is told that nothing else ever happens. It can be kept for free. If the k are stored as probabilities
-# of the *whole* softmax, what is missing to 1 is known, and the loss treats all other tokens as one:
+# What is left out must not be forgotten: scale the k up to a sum of 1, and the student is told that
+# nothing else ever happens. Its sum can be kept for free. If the k are stored as probabilities of the
+# *whole* softmax, what is missing to 1 is known, and the loss treats all other tokens as one:
 #
 # ```text
-# teacher   A 0.6   B 0.2   everything else 0.2        KL = 0.6 ln(0.6/0.5) + 0.2 ln(0.2/0.1)
-# student   A 0.5   B 0.1   everything else 0.4           + 0.2 ln(0.2/0.4)         = 0.109
+#            A     B    everything else
+# teacher   0.6   0.2        0.2
+# student   0.5   0.1        0.4
+#
+# KL = 0.6 ln(0.6/0.5) + 0.2 ln(0.2/0.1) + 0.2 ln(0.2/0.4) = 0.109
 # ```
 #
 # Write both ends. You are graded on counted bytes: 2 for each log-probability (float16), 2 for each
@@ -730,10 +733,13 @@ check("distillation.chunked_kl", (chunked_kl, bytes_held))
 # when a larger maximum m comes:
 #
 # ```text
-# m_t, total_t, gap     largest teacher logit so far; sum of e = exp(z_t - m_t); sum of e (z_t - z_s)
-# m_s, total_s          the same for the student's softmax
+# m_t             the teacher's largest logit so far
+# total_t         sum of e = exp(z_t - m_t)
+# gap             sum of e (z_t - z_s)
+# m_s, total_s    the same for the student's softmax
 #
-# at the end            lse = m + log(total),   KL = gap / total_t - lse_t + lse_s
+# at the end      lse = m + log(total)
+#                 KL = gap / total_t - lse_t + lse_s
 # ```
 #
 # One program has one row. Write the KL of the softened logits, z / temperature, without T^2. A row
