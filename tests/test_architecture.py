@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -195,6 +196,16 @@ def test_a_reference_does_not_print_and_does_not_ask_whether_it_is_traced(room):
             assert getattr(node.func, "id", "") != "print", f"{room}:{node.lineno}"
         if isinstance(node, ast.Attribute):
             assert not {"cuda"} & names, f"{room}:{node.lineno}: device code in a reference"
+
+
+@pytest.mark.parametrize("room", rooms())
+def test_what_a_room_exports_is_not_hidden_by_a_file_of_that_name(room):
+    package = importlib.import_module(f"llmopt_lab.{room}")
+    for path in (HOME / room).glob("*.py"):
+        if path.stem not in ("__init__", "__main__"):
+            importlib.import_module(f"llmopt_lab.{room}.{path.stem}")
+    hidden = [n for n in package.__all__ if isinstance(getattr(package, n), types.ModuleType)]
+    assert hidden == []
 
 
 RUN_EXAMPLES = """

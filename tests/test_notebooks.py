@@ -1,11 +1,15 @@
 """The notebooks belong to their sources; the lessons run by nbval against their stored outputs."""
 
+import ast
+import dis
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import CodeType
 
 import nbformat
 import pytest
@@ -32,6 +36,47 @@ def test_a_notebook_has_the_cells_of_its_source(path):
     fresh = build.read_source(path.parent / "source" / f"{path.stem}.py")
     parts = [[(c.id, c.cell_type, c.source, c.metadata) for c in n.cells] for n in (built, fresh)]
     assert parts[0] == parts[1], f"run: make notebooks ARGS={path.stem.partition('_')[2]}"
+
+
+def bindings(source: str) -> dict[str, str]:
+    """Name -> what a cell binds it to: an import's words, or the cell itself."""
+    code = compile(source, "cell", "exec")
+    stored = ("STORE_NAME", "STORE_GLOBAL")
+    found = {i.argval: source for i in dis.get_instructions(code) if i.opname in stored}
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            for name in node.names:
+                found[name.asname or name.name.partition(".")[0]] = (
+                    f"{getattr(node, 'module', '')} {name.name}"
+                )
+    return found
+
+
+def globals_of_functions(code: CodeType) -> set[str]:
+    """Names that the functions of a cell look up only when they are called."""
+    found = set()
+    for inner in (const for const in code.co_consts if isinstance(const, CodeType)):
+        loads = dis.get_instructions(inner)
+        found |= {i.argval for i in loads if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+        found |= globals_of_functions(inner)
+    return found
+
+
+@each_lesson
+def test_what_a_slider_calls_later_still_means_the_same(path):
+    """A widget calls its function after all cells have run: no later cell may reuse its names."""
+    notebook = nbformat.read(path, as_version=4)
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    last: dict[str, str] = {}
+    for source in cells:
+        last |= bindings(source)
+    now: dict[str, str] = {}
+    for source in cells:
+        now |= bindings(source)
+        if re.search(r"\b(Explore|Paint|Complete|Live)\(", source):
+            used = globals_of_functions(compile(source, "cell", "exec"))
+            reused = {name for name in used & now.keys() if now[name] != last[name]}
+            assert not reused, f"a later cell binds {reused} anew; this cell needs it:\n{source}"
 
 
 def nbval(path: Path, *arguments: str) -> subprocess.CompletedProcess:

@@ -13,7 +13,7 @@ from llmopt_lab.sparse_attention import cover, sparse_attention
 from llmopt_lab.sparse_attention.cases import Sizes, attention_inputs, toy
 from llmopt_lab.sparse_attention.patterns import Causal, longformer, streaming
 from llmopt_lab.sparse_attention.records import Finished, Visited
-from llmopt_lab.sparse_attention.streaming import RollingCache
+from llmopt_lab.sparse_attention.rolling_cache import RollingCache
 from llmopt_lab.sparse_attention.view import cache_frames, frames, mask_grid, reach_chart
 from llmopt_lab.widgets.draw import draw_series
 

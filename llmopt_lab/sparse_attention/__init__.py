@@ -12,8 +12,8 @@ Sources
 
 Files beside reference.py
     patterns.py     rules            block_lists.py  covers           select.py     chosen blocks
-    nsa.py          three branches   streaming.py    rolling cache    recall.py     what is lost
-    io_model.py     bytes and FLOPs  attend.py       in the model     measure.py    on a CPU
+    nsa.py          three branches   attend.py       in the model     recall.py     what is lost
+    io_model.py     bytes and FLOPs  measure.py      on a CPU         rolling_cache.py  endless text
 
 Symbols
     paper           here                shape           meaning

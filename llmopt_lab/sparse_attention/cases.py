@@ -39,8 +39,8 @@ from llmopt_lab.sparse_attention.peers import (
     forward_oracle,
     lists_oracle,
 )
+from llmopt_lab.sparse_attention.rolling_cache import RollingCache
 from llmopt_lab.sparse_attention.select import top_blocks
-from llmopt_lab.sparse_attention.streaming import RollingCache
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 

@@ -50,8 +50,8 @@ from llmopt_lab.sparse_attention.recall import (
     recalled,
 )
 from llmopt_lab.sparse_attention.reference import sparse_attention
+from llmopt_lab.sparse_attention.rolling_cache import RollingCache, stream_nats
 from llmopt_lab.sparse_attention.select import chosen_blocks, top_blocks
-from llmopt_lab.sparse_attention.streaming import RollingCache, stream_nats
 
 RESULTS = Path(__file__).parent / "results" / "measured.json"
 LENGTHS, D_HEAD, TILE = (1024, 2048, 4096, 8192), 64, 128

@@ -631,7 +631,7 @@ bar = figure.colorbar(image, ax=panels, label="attention on the first token")
 # positions *inside the cache*, so that no distance grows beyond what the model was trained on.
 
 # %% tags=["timing", "nbval-ignore-output"]
-from llmopt_lab.sparse_attention.streaming import RollingCache, stream_nats
+from llmopt_lab.sparse_attention.rolling_cache import RollingCache, stream_nats
 from llmopt_lab.sparse_attention.view import cache_frames
 
 story = text[:48]

@@ -85,14 +85,14 @@ from llmopt_lab.widgets.player import Player
 
 student, teacher, labels = toy()
 words = ["cat", "dog", "fox", "owl", "ant"]
-with recording(Softened) as trace:
+with recording(Softened) as softened:
     for temperature in (0.5, 1.0, 2.0, 4.0, 8.0):
         soft_targets(teacher, temperature)
         soft_targets(student, temperature)
 
 
 def one_place(place):
-    return Player(frames(trace, words=words, place=place), start=1)
+    return Player(frames(softened, words=words, place=place), start=1)
 
 
 Explore(one_place, place=Choice("one of the four places", (0, 1, 2, 3), 0))

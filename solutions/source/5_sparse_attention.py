@@ -672,7 +672,7 @@ for name, pattern in {
 # ```
 #
 # The slots are out of order, and attention does not mind: a sum has no order. (Positions do. StreamingLLM
-# stores keys before RoPE and turns them by their place in the buffer; that is in `streaming.py`.)
+# stores keys before RoPE and turns them by their place in the buffer; that is in `rolling_cache.py`.)
 #
 # Write one step: put the token's key and value where they belong, then attend. Slots that nobody has
 # filled hold NaN.
@@ -887,6 +887,6 @@ check("sparse_attention.sparse_kernel", sparse_kernel)
 # `solutions/5_sparse_attention.ipynb` has one answer to each exercise. Yours may look different.
 #
 # The course's own versions are in `llmopt_lab/sparse_attention`: `patterns.py` for masks as rules,
-# `block_lists.py` for covers, `reference.py` for the loop, `streaming.py` for the rolling buffer with
+# `block_lists.py` for covers, `reference.py` for the loop, `rolling_cache.py` for the rolling buffer with
 # its positions, `select.py` and `recall.py` for chosen blocks. Its kernel needs no mask in memory at
 # all: it works out from the rule which pairs of a partial block count.

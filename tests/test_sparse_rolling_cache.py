@@ -14,7 +14,7 @@ from llmopt_lab.nn.generate import KVCache, generate
 from llmopt_lab.nn.transformer import rope_tables, rotate
 from llmopt_lab.sparse_attention.patterns import streaming
 from llmopt_lab.sparse_attention.records import Rolled
-from llmopt_lab.sparse_attention.streaming import RollingCache, stream_greedy, stream_nats
+from llmopt_lab.sparse_attention.rolling_cache import RollingCache, stream_greedy, stream_nats
 
 CONFIG = ModelConfig(
     n_vocab=37, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_head=8, d_ff=32,
