@@ -98,9 +98,11 @@ class ExpertsChose(Record):
     def __str__(self) -> str:
         n_experts, capacity = self.tokens.shape
         visits = self.n_visits
+        most = int(visits.max())
         return (
             f"{n_experts} experts take {capacity} of {self.n_tokens} tokens each; "
-            f"{int((visits == 0).sum())} tokens go nowhere, one goes to {int(visits.max())} experts"
+            f"{int((visits == 0).sum())} tokens go nowhere, "
+            f"{int((visits == most).sum())} to {most} experts, and none to more"
         )
 
 
