@@ -4,7 +4,10 @@ Without a GPU, kernels run in Triton's CPU interpreter and tests marked `gpu` ar
 Memory nobody wrote reads as NaN, so a kernel that forgets a part of its output fails.
 """
 
+import contextlib
 import os
+import tempfile
+from pathlib import Path
 
 # One thread a worker: workers share the cores. The kernels of notebooks inherit it.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -78,6 +81,33 @@ def pytest_terminal_summary(terminalreporter):
             f"{n_left_out} GPU tests were left out: {why}. On a machine with a GPU run: "
             'python -m pytest -m gpu -o addopts=""'
         )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A test marked `alone` measures time: the other workers wait until it is done."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    with _turn(run, item.get_closest_marker("alone")) if run else contextlib.nullcontext():
+        return (yield)
+
+
+@contextlib.contextmanager
+def _turn(run: str, alone):
+    """Two locks that all workers know. `alone` shuts the gate, then waits for who is inside."""
+    from fcntl import LOCK_EX, LOCK_SH, LOCK_UN, flock
+
+    folder = Path(tempfile.gettempdir())
+    names = (folder / f"llmopt-{run}-gate", folder / f"llmopt-{run}-inside")
+    with open(names[0], "w") as gate, open(names[1], "w") as inside:
+        flock(gate, LOCK_EX if alone else LOCK_SH)
+        if not alone:
+            flock(gate, LOCK_UN)
+        flock(inside, LOCK_EX if alone else LOCK_SH)
+        try:
+            yield
+        finally:
+            flock(inside, LOCK_UN)
+            flock(gate, LOCK_UN)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -200,6 +200,7 @@ STEP_TIMES = """async (widget) => {
 }"""
 
 
+@pytest.mark.alone
 def test_in_the_start_notebook_the_course_s_model_takes_less_than_100_milliseconds_a_token(
     open_lab,
 ):
