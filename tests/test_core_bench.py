@@ -1,6 +1,7 @@
 """Benchmarks: nothing wrong is timed, nothing absent is hidden, and the numbers add up."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,13 @@ def raise_(error):
 )
 def test_an_absent_peer_is_listed_with_its_reason(error, reason):
     assert reason in results_of(Contender("peer", raise_(error)))["peer"]["absent"]
+
+
+def test_a_row_with_nobody_to_time_lists_them_all():
+    gone = Contender("ours", raise_(Missing("pip install it")), ours=True)
+    nobody = replace(case(), contenders=(gone,))
+    (row,) = bench.run_case(nobody, CPU, ROOFLINE)["rows"]
+    assert row["results"] == {"ours": {"absent": "pip install it"}}
 
 
 def test_an_error_in_our_own_kernel_is_not_swallowed():

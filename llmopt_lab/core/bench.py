@@ -137,9 +137,8 @@ class _Timer:
 def _take_turns(timers: Sequence[_Timer], seconds: float) -> None:
     """`seconds` of samples for each, in rounds that begin with another one each time."""
     for turn in range(TURNS):
-        first = turn % len(timers)
-        for timer in (*timers[first:], *timers[:first]):
-            timer.take(seconds / TURNS)
+        for place in range(len(timers)):
+            timers[(turn + place) % len(timers)].take(seconds / TURNS)
 
 
 def time_calls(
