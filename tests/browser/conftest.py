@@ -178,6 +178,24 @@ class Lab:
             before, box = box, element.bounding_box()
         return box
 
+    def player_titled(self, title: str):
+        """The first player whose text holds `title`, in view."""
+        player = self.page.locator(".lm-player", has_text=title).first
+        player.wait_for()
+        player.scroll_into_view_if_needed()
+        return player
+
+    def explore_with(self, label: str):
+        """The first explorer whose text holds `label`, in view and at rest."""
+        box = self.page.locator(".widget-vbox", has_text=label).first
+        self.settled_box(box)
+        return box
+
+    def expect_clean_outputs(self) -> None:
+        """No cell on the page wrote to stderr or raised."""
+        assert self.page.locator(".jp-OutputArea-output[data-mime-type*='stderr']").count() == 0
+        assert self.page.locator(".jp-RenderedText[data-mime-type*='error']").count() == 0
+
     def n_cells(self) -> int:
         return self.page.locator(".jp-Notebook .jp-Cell").count()
 

@@ -11,17 +11,10 @@ pytestmark = pytest.mark.browser
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "6_distillation.ipynb"
 
 
-def explore_with(lab, label: str):
-    box = lab.page.locator(".widget-vbox", has_text=label).first
-    lab.settled_box(box)
-    return box
-
-
 def test_the_notebook_runs_and_moves(open_lab):
     lab = open_lab(NOTEBOOK)
     lab.run_all(timeout_s=240)
-    assert lab.page.locator(".jp-OutputArea-output[data-mime-type*='stderr']").count() == 0
-    assert lab.page.locator(".jp-RenderedText[data-mime-type*='error']").count() == 0
+    lab.expect_clean_outputs()
 
     guess = lab.page.locator(".lm-predict").first
     lab.settled_box(guess)
@@ -29,7 +22,7 @@ def test_the_notebook_runs_and_moves(open_lab):
     guess.get_by_role("button", name=re.compile("lock", re.IGNORECASE)).click()
     expect(guess).to_contain_text("It is 20 %; you said 60 %")
 
-    soft = explore_with(lab, "one of the four places")
+    soft = lab.explore_with("one of the four places")
     expect(soft.locator(".lm-caption").last).to_contain_text("T = 1: KL(p || q) = 0.541 nats")
     place = soft.locator(".lm-slide").first
     place.focus()
@@ -37,7 +30,7 @@ def test_the_notebook_runs_and_moves(open_lab):
     expect(soft.locator(".lm-caption").last).to_contain_text("T = 1: KL(p || q) = 1.126 nats")
     expect(place).to_be_focused()
 
-    humps = explore_with(lab, "distance of the humps")
+    humps = lab.explore_with("distance of the humps")
     distance = humps.locator(".lm-slide").first
     distance.focus()
     lab.page.keyboard.press("Home")
@@ -46,7 +39,7 @@ def test_the_notebook_runs_and_moves(open_lab):
     expect(humps.get_by_role("alert")).to_have_count(0)
 
     # a live training: one that is not yet there takes seconds
-    trained = explore_with(lab, "share of the teacher")
+    trained = lab.explore_with("share of the teacher")
     share = trained.locator(".lm-slide").nth(1)
     share.focus()
     lab.page.keyboard.press("Home")
@@ -54,7 +47,7 @@ def test_the_notebook_runs_and_moves(open_lab):
     expect(trained.locator(".lm-counter").last).to_contain_text("step", timeout=60_000)
     expect(trained.get_by_role("alert")).to_have_count(0)
 
-    pays = explore_with(lab, "billions of tokens to learn from")
+    pays = lab.explore_with("billions of tokens to learn from")
     pays.locator(".lm-slide").first.focus()
     lab.page.keyboard.press("End")
     expect(pays.locator(".lm-slider output").first).to_have_text("300")

@@ -11,31 +11,17 @@ pytestmark = pytest.mark.browser
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "2_flash_attention.ipynb"
 
 
-def player_titled(lab, title: str):
-    player = lab.page.locator(".lm-player", has_text=title).first
-    player.wait_for()
-    player.scroll_into_view_if_needed()
-    return player
-
-
 def captions(player) -> list[str]:
     texts = player.locator(".lm-caption").all_inner_texts()
     return [text for text in texts if text]
 
 
-def explore_with(lab, label: str):
-    box = lab.page.locator(".widget-vbox", has_text=label).first
-    box.scroll_into_view_if_needed()
-    return box
-
-
 def test_the_notebook_runs_and_moves(open_lab):
     lab = open_lab(NOTEBOOK)
     lab.run_all(timeout_s=240)
-    assert lab.page.locator(".jp-OutputArea-output[data-mime-type*='stderr']").count() == 0
-    assert lab.page.locator(".jp-RenderedText[data-mime-type*='error']").count() == 0
+    lab.expect_clean_outputs()
 
-    both = player_titled(lab, "The same attention, twice")
+    both = lab.player_titled("The same attention, twice")
     both.locator(".lm-stage").first.click()
     for _ in range(3):
         lab.page.keyboard.press("ArrowRight")
@@ -53,7 +39,7 @@ def test_the_notebook_runs_and_moves(open_lab):
     guess.get_by_role("button", name=re.compile("lock", re.IGNORECASE)).click()
     expect(guess).to_contain_text("It is 3.9 times; you said 16 times")
 
-    budget = explore_with(lab, "KiB on chip")
+    budget = lab.explore_with("KiB on chip")
     expect(budget.locator(".lm-caption").last).to_contain_text("146 queries in 128 KiB")
     width, chip = (budget.locator(".lm-slide").nth(i) for i in (1, 2))
     width.focus()
@@ -64,12 +50,12 @@ def test_the_notebook_runs_and_moves(open_lab):
     expect(budget.locator(".lm-counter")).to_have_text("step 1 of 1")
     expect(chip).to_be_focused()
 
-    head = explore_with(lab, "query head")
+    head = lab.explore_with("query head")
     head.locator(".lm-slide").nth(2).focus()
     lab.page.keyboard.press("End")  # tiles of 32: 6 absorbed, 3 skipped, 3 finished
     expect(head.locator(".lm-counter")).to_have_text("step 1 of 12")
 
-    split = player_titled(lab, "One query, eight keys, three programs")
+    split = lab.player_titled("One query, eight keys, three programs")
     split.locator(".lm-stage").click()
     lab.page.keyboard.press("End")
     assert captions(split)[-1].startswith("query 0: done")

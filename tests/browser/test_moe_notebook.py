@@ -11,26 +11,12 @@ pytestmark = pytest.mark.browser
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "3_moe.ipynb"
 
 
-def player_titled(lab, title: str):
-    player = lab.page.locator(".lm-player", has_text=title).first
-    player.wait_for()
-    player.scroll_into_view_if_needed()
-    return player
-
-
-def explore_with(lab, label: str):
-    box = lab.page.locator(".widget-vbox", has_text=label).first
-    box.scroll_into_view_if_needed()
-    return box
-
-
 def test_the_notebook_runs_and_moves(open_lab):
     lab = open_lab(NOTEBOOK)
     lab.run_all(timeout_s=240)
-    assert lab.page.locator(".jp-OutputArea-output[data-mime-type*='stderr']").count() == 0
-    assert lab.page.locator(".jp-RenderedText[data-mime-type*='error']").count() == 0
+    lab.expect_clean_outputs()
 
-    flow = player_titled(lab, "Six tokens, four experts, capacity 4")
+    flow = lab.player_titled("Six tokens, four experts, capacity 4")
     flow.locator(".lm-stage").click()
     lab.page.keyboard.press("ArrowRight")
     expect(flow.locator(".lm-caption").last).to_have_text(
@@ -52,7 +38,7 @@ def test_the_notebook_runs_and_moves(open_lab):
     live.scroll_into_view_if_needed()
     assert live.evaluate("picture => picture.naturalWidth") > 300
 
-    work = explore_with(lab, "tokens in the batch")
+    work = lab.explore_with("tokens in the batch")
     expect(work.locator(".lm-caption").last).to_contain_text("1 of 8 experts stay unread")
     # the badge at the top is an image of Colab's, and there may be no network
     assert [error for error in lab.errors if "ERR_NAME_NOT_RESOLVED" not in error] == []

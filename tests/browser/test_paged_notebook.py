@@ -11,13 +11,6 @@ pytestmark = pytest.mark.browser
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "1_paged_attention.ipynb"
 
 
-def player_titled(lab, title: str):
-    player = lab.page.locator(".lm-player", has_text=title).first
-    player.wait_for()
-    player.scroll_into_view_if_needed()
-    return player
-
-
 def words(player) -> str:
     """What is drawn, as text."""
     return " ".join(player.locator(".lm-stage svg text").all_text_contents())
@@ -30,10 +23,9 @@ def caption(player) -> str:
 def test_the_notebook_runs_and_moves(open_lab):
     lab = open_lab(NOTEBOOK)
     lab.run_all(timeout_s=180)
-    assert lab.page.locator(".jp-OutputArea-output[data-mime-type*='stderr']").count() == 0
-    assert lab.page.locator(".jp-RenderedText[data-mime-type*='error']").count() == 0
+    lab.expect_clean_outputs()
 
-    table = player_titled(lab, "A block table at work")
+    table = lab.player_titled("A block table at work")
     table.locator(".lm-stage").click()
     for _ in range(6):
         lab.page.keyboard.press("ArrowRight")
@@ -51,7 +43,7 @@ def test_the_notebook_runs_and_moves(open_lab):
     guess.get_by_role("button", name=re.compile("lock", re.IGNORECASE)).click()
     expect(guess).to_contain_text("189")
 
-    serving = player_titled(lab, "Serving four requests")
+    serving = lab.player_titled("Serving four requests")
     slider = serving.locator("input[type=range]")
     box = lab.settled_box(slider)
     middle = box["y"] + box["height"] / 2

@@ -11,38 +11,24 @@ pytestmark = pytest.mark.browser
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "4_quantization.ipynb"
 
 
-def player_titled(lab, title: str):
-    player = lab.page.locator(".lm-player", has_text=title).first
-    player.wait_for()
-    player.scroll_into_view_if_needed()
-    return player
-
-
 def captions(player) -> list[str]:
     texts = player.locator(".lm-caption").all_inner_texts()
     return [text for text in texts if text]
 
 
-def explore_with(lab, label: str):
-    box = lab.page.locator(".widget-vbox", has_text=label).first
-    box.scroll_into_view_if_needed()
-    return box
-
-
 def test_the_notebook_runs_and_moves(open_lab):
     lab = open_lab(NOTEBOOK)
     lab.run_all(timeout_s=240)
-    assert lab.page.locator(".jp-OutputArea-output[data-mime-type*='stderr']").count() == 0
-    assert lab.page.locator(".jp-RenderedText[data-mime-type*='error']").count() == 0
+    lab.expect_clean_outputs()
 
-    packing = player_titled(lab, "Two codes in a byte")
+    packing = lab.player_titled("Two codes in a byte")
     packing.locator(".lm-stage").first.click()
     lab.page.keyboard.press("End")
     right, wrong = captions(packing)[-2:]
     assert right == "codes -8 and 7 share byte 2: 0111 1000, 120. Unpacked: -8 and 7."
     assert wrong.endswith("Unpacked: -8 and -1. That is not what went in.")
 
-    wave = player_titled(lab, "GPTQ, column by column")
+    wave = lab.player_titled("GPTQ, column by column")
     wave.locator(".lm-stage").click()
     for _ in range(2):
         lab.page.keyboard.press("ArrowRight")
@@ -57,12 +43,12 @@ def test_the_notebook_runs_and_moves(open_lab):
     guess.get_by_role("button", name=re.compile("lock", re.IGNORECASE)).click()
     expect(guess).to_contain_text(re.compile(r"It is \d.*; you said 6"))
 
-    bits = explore_with(lab, "bits of a code")
+    bits = lab.explore_with("bits of a code")
     bits.locator(".lm-slide").nth(0).focus()
     lab.page.keyboard.press("Home")
     expect(bits.locator(".lm-caption").last).to_contain_text("2 bits in groups of 128: 2.125 bits")
 
-    quality = explore_with(lab, "perplexity on held-out text")
+    quality = lab.explore_with("perplexity on held-out text")
     model, n_bits = (quality.locator(".lm-slide").nth(i) for i in range(2))
     expect(quality.locator(".lm-caption").last).to_contain_text("3 bits, groups of 128: 3.13 bits")
     n_bits.focus()
@@ -73,7 +59,7 @@ def test_the_notebook_runs_and_moves(open_lab):
     expect(model).to_be_focused()
     expect(quality.locator(".lm-caption").last).to_contain_text("8 bits, groups of 128")
 
-    layer = player_titled(lab, "of 384 columns rounded")
+    layer = lab.player_titled("of 384 columns rounded")
     layer.locator(".lm-stage").click()
     lab.page.keyboard.press("End")
     expect(layer.locator(".lm-caption").last).to_contain_text("384 of 384 columns rounded")

@@ -11,26 +11,12 @@ pytestmark = pytest.mark.browser
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "5_sparse_attention.ipynb"
 
 
-def player_titled(lab, title: str):
-    player = lab.page.locator(".lm-player", has_text=title).first
-    player.wait_for()
-    player.scroll_into_view_if_needed()
-    return player
-
-
-def explore_with(lab, label: str):
-    box = lab.page.locator(".widget-vbox", has_text=label).first
-    box.scroll_into_view_if_needed()
-    return box
-
-
 def test_the_notebook_runs_and_moves(open_lab):
     lab = open_lab(NOTEBOOK)
     lab.run_all(timeout_s=240)
-    assert lab.page.locator(".jp-OutputArea-output[data-mime-type*='stderr']").count() == 0
-    assert lab.page.locator(".jp-RenderedText[data-mime-type*='error']").count() == 0
+    lab.expect_clean_outputs()
 
-    toy = player_titled(lab, "A window of 3, and one sink")
+    toy = lab.player_titled("A window of 3, and one sink")
     caption = toy.locator(".lm-caption").last
     toy.locator(".lm-stage").click()
     lab.page.keyboard.press("End")
@@ -42,7 +28,7 @@ def test_the_notebook_runs_and_moves(open_lab):
     guess.get_by_role("button", name=re.compile("lock", re.IGNORECASE)).click()
     expect(guess).to_contain_text("It is 12.8; you said 25.6: 2.0 times too high.")
 
-    blocks = explore_with(lab, "width, or stride")
+    blocks = lab.explore_with("width, or stride")
     pattern = blocks.locator(".lm-slide").first
     pattern.focus()
     for _ in range(3):
@@ -52,7 +38,7 @@ def test_the_notebook_runs_and_moves(open_lab):
     expect(caption).to_contain_text(live, timeout=20_000)
     expect(pattern).to_be_focused()
 
-    canvas = player_titled(lab, "Paint what may be read")
+    canvas = lab.player_titled("Paint what may be read")
     caption = canvas.locator(".lm-caption")
     expect(caption).to_contain_text("all heads, their mean: 31 of 136 blocks read")
     n_cells = lab.n_cells()
@@ -69,12 +55,12 @@ def test_the_notebook_runs_and_moves(open_lab):
     expect(told).to_have_text(re.compile(r"perplexity (\d+\.\d\d); dense \1"), timeout=20_000)
     assert lab.n_cells() == n_cells
 
-    rolling = player_titled(lab, "Two sinks and a window of 12")
+    rolling = lab.player_titled("Two sinks and a window of 12")
     rolling.locator(".lm-stage").click()
     lab.page.keyboard.press("End")
     expect(rolling.locator(".lm-caption").last).to_contain_text("The cache holds 14 of 48 tokens")
 
-    pays = explore_with(lab, "sequences at once")
+    pays = lab.explore_with("sequences at once")
     pays.locator(".lm-slide").nth(2).focus()
     lab.page.keyboard.press("ArrowUp")  # every second layer dense
     some = "16 of 32 layers dense, batch 8"

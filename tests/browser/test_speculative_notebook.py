@@ -11,26 +11,12 @@ pytestmark = pytest.mark.browser
 NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "7_speculative_decoding.ipynb"
 
 
-def player_titled(lab, title: str):
-    player = lab.page.locator(".lm-player", has_text=title).first
-    player.wait_for()
-    player.scroll_into_view_if_needed()
-    return player
-
-
-def explore_with(lab, label: str):
-    box = lab.page.locator(".widget-vbox", has_text=label).first
-    box.scroll_into_view_if_needed()
-    return box
-
-
 def test_the_notebook_runs_and_moves(open_lab):
     lab = open_lab(NOTEBOOK)
     lab.run_all(timeout_s=240)
-    assert lab.page.locator(".jp-OutputArea-output[data-mime-type*='stderr']").count() == 0
-    assert lab.page.locator(".jp-RenderedText[data-mime-type*='error']").count() == 0
+    lab.expect_clean_outputs()
 
-    toy = player_titled(lab, "Guess, judge, go on")
+    toy = lab.player_titled("Guess, judge, go on")
     caption = toy.locator(".lm-caption").last
     toy.locator(".lm-stage").click()
     lab.page.keyboard.press("Home")
@@ -46,7 +32,7 @@ def test_the_notebook_runs_and_moves(open_lab):
     guess.get_by_role("button", name=re.compile("lock", re.IGNORECASE)).click()
     expect(guess).to_contain_text(re.compile(r"It is \d\.\d.*; you said 3"))
 
-    real = explore_with(lab, "guesses a round")
+    real = lab.explore_with("guesses a round")
     k, temperature, draft = (real.locator(".lm-slide").nth(i) for i in range(3))
     for handle in (k, temperature, draft):
         handle.focus()
@@ -59,12 +45,12 @@ def test_the_notebook_runs_and_moves(open_lab):
     expect(real.locator(".lm-player", has_text=title)).to_be_visible(timeout=20_000)
     expect(draft).to_be_focused()
 
-    tree = player_titled(lab, "A tree of guesses")
+    tree = lab.player_titled("A tree of guesses")
     tree.locator(".lm-stage").click()
     lab.page.keyboard.press("Home")
     expect(tree.locator(".lm-caption").last).to_contain_text("the draft guesses a tree of 6 tokens")
 
-    pays = explore_with(lab, "each further token")
+    pays = lab.explore_with("each further token")
     further = pays.locator(".lm-slide").nth(1)
     further.focus()
     lab.page.keyboard.press("End")
