@@ -132,9 +132,7 @@ function render({ model, el }) {
       element("div", { className: "lm-stage" }, chart, rows)));
   root.setAttribute("role", "group");
   root.setAttribute("aria-label", "a model completes your prompt");
-  root.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    event.stopPropagation();
+  ownKeys(root, (event) => {
     const target = { ArrowRight: step, ArrowLeft: back }[event.key];
     if (event.target.tagName !== "BUTTON" || !target) return;
     event.preventDefault();

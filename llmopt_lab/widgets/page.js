@@ -12,6 +12,15 @@ function focusable(node) {
   return node;
 }
 
+// Keys without a modifier are the widget's own: the page around it does not hear them.
+function ownKeys(root, act = () => {}) {
+  root.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    event.stopPropagation();
+    act(event);
+  });
+}
+
 function watchTheme(root, host) {
   // the page's own text colour tells what it is, in any front end
   const follow = () => {

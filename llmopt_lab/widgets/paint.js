@@ -244,9 +244,7 @@ function render({ model, el }) {
       + "blocks of keys; a number is the percentage of its row's attention. Press and drag to paint. "
       + "Keys: arrows move, space turns a block, shift with an arrow draws on." }),
     caption, element("div", { className: "lm-view" }, grid, side));
-  root.addEventListener("keydown", (event) => {
-    if (!(event.ctrlKey || event.metaKey || event.altKey)) event.stopPropagation();
-  });
+  ownKeys(root);
   el.append(root);
 
   function show() {

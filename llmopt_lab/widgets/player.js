@@ -152,8 +152,6 @@ function render({ model, el }) {
   };
   const scrolls = ["ArrowUp", "ArrowDown", "PageUp", "PageDown", "Home", "End"];
   function onKey(event) {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    event.stopPropagation();
     const tag = event.target.tagName;
     const native =
       tag === "SELECT" ||
@@ -193,7 +191,7 @@ function render({ model, el }) {
       element("label", { className: "lm-speed" }, "speed", speed)),
     element("div", { className: "lm-sides" }, ...sides.map((side) => side.root)),
   );
-  root.addEventListener("keydown", onKey);
+  ownKeys(root, onKey);
   el.append(root);
   const forgetTheme = watchTheme(root, el);
   model.on("change:position", show);

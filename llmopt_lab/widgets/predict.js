@@ -47,9 +47,7 @@ function render({ model, el }) {
   }
 
   const root = element("div", { className: "lm-predict" }, form);
-  root.addEventListener("keydown", (event) => {
-    if (!(event.ctrlKey || event.metaKey || event.altKey)) event.stopPropagation();
-  });
+  ownKeys(root);
   el.append(root);
   const forgetTheme = watchTheme(root, el);
   const changes = ["change:locked", "change:guess", "change:verdict", "change:explanation"];

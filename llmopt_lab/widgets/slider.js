@@ -22,9 +22,7 @@ function render({ model, el }) {
 
   const root = element("div", { className: "lm-slider" },
     element("label", {}, model.get("label"), input, value));
-  root.addEventListener("keydown", (event) => {
-    if (!(event.ctrlKey || event.metaKey || event.altKey)) event.stopPropagation();
-  });
+  ownKeys(root);
   el.append(root);
   const forgetTheme = watchTheme(root, el);
   model.on("change:index", show);
