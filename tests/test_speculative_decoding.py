@@ -304,6 +304,20 @@ def test_when_all_guesses_are_kept_the_draft_catches_up_by_two_tokens():
     assert [read.n for read in trace.of(Read) if read.who == "target"] == [5, 4]
 
 
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_a_round_reads_the_targets_weights_once_and_the_drafts_k_times(pair, k):
+    """The cost that the docstring states, in bytes of weights, from the passes that took place."""
+    target, draft, _, trace = run_with_readers(pair, k=k)
+    nbytes = {
+        reader.name: sum(weight.nbytes for weight in reader.model.parameters())
+        for reader in (target, draft)
+    }
+    got = sum(nbytes[read.who] for read in trace.of(Read))
+    n_rounds, guesses = len(trace.of(Added)), [len(guessed.tokens) for guessed in trace.of(Guessed)]
+    assert guesses[0] == k and max(guesses) == k  # fewer at the end of the text only
+    assert got == n_rounds * nbytes["target"] + sum(guesses) * nbytes["draft"]
+
+
 def test_a_round_never_guesses_past_the_end():
     for n_new in range(6):
         with recording() as trace:

@@ -18,6 +18,7 @@ import aot
 import triton
 import triton.language as tl
 
+from llmopt_lab.core.bench import load_results
 from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.errors import BadInput
 from llmopt_lab.speculative_decoding import kernels
@@ -458,6 +459,24 @@ def test_kernels_compile_and_fit_the_chip(target):
         assert facts["shared"] <= aot.TARGETS[target][3], f"{what}: shared memory {facts['shared']}"
         if target == "sm_90":
             assert facts["spills"] == 0, f"{what} spills {facts['spills']} bytes"
+
+
+def test_the_recorded_h200_results_meet_what_the_chapter_asks():
+    (recorded,) = load_results("speculative_decoding")
+    attention, tree, sampler = (case["rows"] for case in recorded["cases"])
+    ours = {
+        (row["size"]["batch"], row["size"]["n_new"]): row["results"]["ours (Triton)"]["median_ms"]
+        for row in attention
+    }
+    assert {row["size"]["n_tokens"] for row in attention} == {4096}
+    assert {n for batch, n in ours if batch == 32} == {1, 2, 5, 8}
+    for batch in (1, 4, 8, 16, 32):
+        assert ours[batch, 5] <= 1.3 * ours[batch, 1], batch
+    (row,) = (row for row in sampler if row["size"]["batch"] == 64 and row["size"]["k"] == 16)
+    assert row["size"]["n_vocab"] == 131_072
+    times = {name: result["median_ms"] for name, result in row["results"].items()}
+    assert times["ours (Triton)"] * 2 <= min(times["torch"], times["torch, compiled"])
+    assert {row["size"]["n_new"] for row in tree} == {64}
 
 
 # --- on a GPU

@@ -7,8 +7,10 @@ import torch
 
 from llmopt_lab.core.errors import BadInput
 from llmopt_lab.core.trace import Trace, recording
-from llmopt_lab.speculative_decoding.cases import TableModel
+from llmopt_lab.speculative_decoding.cases import TableModel, random_model
 from llmopt_lab.speculative_decoding.drafts import PromptLookup
+from llmopt_lab.speculative_decoding.head import DraftHead
+from llmopt_lab.speculative_decoding.measure import decode_with
 from llmopt_lab.speculative_decoding.records import Added, Guessed, Judged, Read, Rewound
 from llmopt_lab.speculative_decoding.reference import overlap, speculative_decode
 from llmopt_lab.speculative_decoding.tree import speculative_decode_tree
@@ -172,6 +174,21 @@ def test_a_draft_without_a_model_has_an_empty_lane():
     assert panel(shown[-1], Lanes).lanes[0] == ()
     empty = [frame for frame in of(shown, trace, Guessed) if "no guess" in frame.caption]
     assert empty, "prompt lookup always found something here: take another seed"
+    draw_series(shown)
+
+
+@pytest.mark.parametrize("how", [{"k": 3}, {"widths": (2, 2)}], ids=str)
+def test_a_heads_run_begins_with_the_target_that_reads_the_prompt_for_it(how):
+    model = random_model()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        head = DraftHead(model.config).double().requires_grad_(False)
+    with recording() as trace:
+        decode_with(model, head, torch.tensor(PROMPT), n_new=8, **how)
+    shown = frames(trace, PROMPT)
+    assert shown[0].caption == "target reads tokens 0 to 1 in one pass"
+    draft, target = panel(shown[-1], Lanes).lanes
+    assert len(target) == 1 + len(trace.of(Added)) and len(draft) > 0
     draw_series(shown)
 
 

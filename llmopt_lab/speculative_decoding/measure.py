@@ -2,7 +2,8 @@
 
     python -m llmopt_lab.speculative_decoding.measure        # on a quiet machine: minutes
 
-Writes results/cpu.json. Greedy, one thread; every text is checked against plain decoding.
+Writes results/cpu.json. Greedy, one thread; every text is checked against plain decoding. Plain
+decoding and all ways to speculate take turns, so that a machine that slows down slows all of them.
 `kept_share` counts what drafts get accepted, in chains and trees, greedy and sampled: no clock.
 """
 
@@ -10,8 +11,9 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from math import prod
 from pathlib import Path
 from statistics import median
 
@@ -29,13 +31,15 @@ from llmopt_lab.nn.weights import LanguageModel, load
 from llmopt_lab.speculative_decoding.drafts import PromptLookup, skip_layers
 from llmopt_lab.speculative_decoding.head import DraftHead, HeadDraft, load_head
 from llmopt_lab.speculative_decoding.reader import Reader
-from llmopt_lab.speculative_decoding.records import Added, Guessed, Judged, Read
+from llmopt_lab.speculative_decoding.records import Added, Guessed, Judged
 from llmopt_lab.speculative_decoding.reference import Draft, speculative_decode
 from llmopt_lab.speculative_decoding.speed import expected_tokens, speedup
 from llmopt_lab.speculative_decoding.tree import speculative_decode_tree
 
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
 N_NEW, REPEATS, K = 96, 5, range(1, 9)
+IN_A_ROW = 4  # passes timed together: of a draft's in a round only the first finds its caches cold
+TREES = ((2, 1, 1), (3, 2, 1, 1), (4, 2, 2, 1))  # children at each depth, for drafts that branch
 
 
 def prompts(lm: LanguageModel) -> dict[str, Tensor]:
@@ -52,16 +56,15 @@ def prompts(lm: LanguageModel) -> dict[str, Tensor]:
     }
 
 
-def median_seconds(call: Callable[[], Tensor], want: Tensor | None = None) -> float:
-    """Of REPEATS calls after one to warm up; a result other than `want` ends the measurement."""
-    times = []
-    for _ in range(REPEATS + 1):
-        start = time.perf_counter()
-        out = call()
-        times.append(time.perf_counter() - start)
-        if want is not None and not torch.equal(out, want):
-            raise LabError("speculation wrote another text than plain decoding: do not time it")
-    return median(times[1:])
+def in_turns(calls: dict[Hashable, Callable[[], object]], repeats: int) -> dict[Hashable, float]:
+    """The median seconds of each call; they take turns, after one to warm up."""
+    times: dict[Hashable, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: median(taken[1:]) for name, taken in times.items()}
 
 
 def decode_with(
@@ -109,62 +112,122 @@ def kept_share(
     }
 
 
-def pass_seconds(model: Transformer | DraftHead, target: Transformer, prompt: Tensor, n: int):
-    """One pass of `n` tokens after the prompt."""
+def some_passes(
+    target: Transformer, model: Transformer | DraftHead, prompt: Tensor, n: int
+) -> Callable[[], object]:
+    """IN_A_ROW passes of `n` tokens of the target or of a draft, each after the prompt."""
     reader = Reader(target, max_tokens=len(prompt) + n)
     if isinstance(model, DraftHead):
         reader = HeadDraft(model, reader)
     elif model is not target:
         reader = Reader(model, max_tokens=len(prompt) + n)
     reader.read(prompt.tolist(), n_last=1)
+    tokens = prompt[torch.arange(n) % len(prompt)].tolist()
 
-    def call() -> Tensor:
-        out = reader.read(prompt[:n].tolist(), n_last=n)
-        reader.rewind(len(prompt))
-        return out
+    def call() -> None:
+        for _ in range(IN_A_ROW):
+            reader.read(tokens, n_last=n)
+            reader.rewind(len(prompt))
 
-    return min(median_seconds(call) for _ in range(3))
+    return call
 
 
 def measure(
-    target: LanguageModel, name: str, draft: Transformer | Draft | DraftHead, prompt: Tensor
-) -> dict:
-    """One draft on one prompt at every k."""
-    plain = generate(target.model, prompt, N_NEW)
-    plain_s = median_seconds(lambda: generate(target.model, prompt, N_NEW))
-    one = pass_seconds(target.model, target.model, prompt, 1)
+    target: LanguageModel, name: str, draft: Transformer | Draft | DraftHead, prompt: Tensor, *,
+    n_new: int = N_NEW, ks: Sequence[int] = K, repeats: int = REPEATS,
+) -> dict:  # fmt: skip
+    """One draft on one prompt: chains of every k, and if it is a model, TREES.
+
+    Raises:
+        LabError: a text is not that of plain decoding.
+    """
     is_model = isinstance(draft, Transformer | DraftHead)
-    c = pass_seconds(draft, target.model, prompt, 1) / one if is_model else 0.0
-    rows = []
-    for k in K:
-        decode = partial(decode_with, target.model, draft, prompt, k=k, n_new=N_NEW)
-        seconds = median_seconds(decode, plain)
-        with recording(Added, Judged, Guessed, Read) as trace:
-            decode()
-        judged, rounds = trace.of(Judged), len(trace.of(Added))
-        alpha = sum(what.accepted for what in judged) / max(1, len(judged))
-        verify = pass_seconds(target.model, target.model, prompt, k + 1) / one
-        rows.append(
-            {
-                "k": k,
-                "alpha": alpha,
-                "rounds": rounds,
-                "guesses": sum(len(what.tokens) for what in trace.of(Guessed)),
-                "tokens_per_target_call": N_NEW / rounds,
-                "tokens_predicted": expected_tokens(alpha, k),
-                "verify": verify,
-                "speedup": plain_s / seconds,
-                "speedup_predicted_verify_1": speedup(alpha, k, c),
-                "speedup_predicted": speedup(alpha, k, c, verify=verify),
-            }
-        )
-        row = rows[-1]
+    chains = {k: {"k": k} for k in ks}
+    trees = {widths: {"widths": widths, "proposals": "top"} for widths in TREES if is_model}
+    ways = {
+        how: partial(decode_with, target.model, draft, prompt, n_new=n_new, **settings)
+        for how, settings in (chains | trees).items()
+    }
+    plain = partial(generate, target.model, prompt, n_new)
+    text, rounds, verdicts, guesses = plain(), {}, {}, {}
+    for how, decode in ways.items():
+        with recording(Added, Judged, Guessed) as trace:
+            if not torch.equal(decode(), text):
+                raise LabError(f"{name}, {how}: another text than plain decoding's; do not time it")
+        rounds[how] = len(trace.of(Added))
+        verdicts[how] = [what.accepted for what in trace.of(Judged)]
+        guesses[how] = sum(len(what.tokens) for what in trace.of(Guessed))
+    seconds = in_turns({"plain": plain} | ways, repeats)
+
+    n_rows = {how: how + 1 if how in chains else 1 + n_nodes(how) for how in ways}
+    passes = {n: some_passes(target.model, target.model, prompt, n) for n in {1, *n_rows.values()}}
+    if is_model:
+        passes["draft"] = some_passes(target.model, draft, prompt, 1)
+    of_pass = in_turns(passes, 10 * repeats)
+    c = of_pass["draft"] / of_pass[1] if is_model else 0.0
+
+    def found(how: int | tuple[int, ...]) -> dict:
+        return {
+            "alpha": sum(verdicts[how]) / max(1, len(verdicts[how])),
+            "rounds": rounds[how],
+            "tokens_per_target_call": n_new / rounds[how],
+            "verify": of_pass[n_rows[how]] / of_pass[1],
+            "speedup": seconds["plain"] / seconds[how],
+        }
+
+    result = {
+        "draft": name,
+        "c": c,
+        "plain_tokens_per_second": n_new / seconds["plain"],
+        "rows": [{"k": k, "guesses": guesses[k]} | predicted(found(k), k, c) for k in chains],
+        "trees": [
+            {"widths": list(widths), "nodes": n_nodes(widths)}
+            | predicted_tree(found(widths), widths, c)
+            for widths in trees
+        ],
+    }
+    for row in result["rows"] + result["trees"]:
         print(
-            f"{name}, k {k}: alpha {alpha:.2f}, {row['tokens_per_target_call']:.2f} tokens a call, "
-            f"speed-up {row['speedup']:.2f}, predicted {row['speedup_predicted']:.2f}",
+            f"{name}, {row.get('k', row.get('widths'))}: alpha {row['alpha']:.2f}, "
+            f"{row['tokens_per_target_call']:.2f} tokens a call, speed-up {row['speedup']:.2f}, "
+            f"predicted {row['speedup_predicted']:.2f}",
             flush=True,
         )
-    return {"draft": name, "c": c, "plain_tokens_per_second": N_NEW / plain_s, "rows": rows}
+    return result
+
+
+def n_nodes(widths: Sequence[int]) -> int:
+    """Guesses of a tree with widths[i] children of each node at depth i."""
+    return sum(prod(widths[: depth + 1]) for depth in range(len(widths)))
+
+
+def predicted(row: dict, k: int, c: float) -> dict:
+    """A chain's row with what the model of its speed says, from its alpha."""
+    alpha, verify = row["alpha"], row["verify"]
+    return row | {
+        "tokens_predicted": expected_tokens(alpha, k),
+        "speedup_predicted_verify_1": speedup(alpha, k, c),
+        "speedup_predicted": speedup(alpha, k, c, verify=verify),
+    }
+
+
+def predicted_tree(row: dict, widths: Sequence[int], c: float) -> dict:
+    """The same of a tree, from its tokens a call: alpha mixes siblings, so it predicts none. A
+    pass of the draft over one depth counts as one of 1 token."""
+    cost = len(widths) * c + row["verify"]
+    return row | {"speedup_predicted": row["tokens_per_target_call"] / cost}
+
+
+def drafts_of(
+    target: LanguageModel, draft: LanguageModel
+) -> dict[str, Transformer | Draft | DraftHead]:
+    """Every kind of draft for the lab models."""
+    return {
+        "lab-draft": draft.model,
+        "draft head": load_head(),
+        "prompt lookup": PromptLookup(target.config.n_vocab),
+        "layers 0 and 5 of lab-target": skip_layers(target.model, [0, 5]),
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -175,12 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
     require(args.out.parent.is_dir(), f"the folder {args.out.parent} does not exist")
     torch.set_num_threads(1)
     target, draft = load("lab-target", device="cpu"), load("lab-draft", device="cpu")
-    drafts = {
-        "lab-draft": draft.model,
-        "draft head": load_head(),
-        "prompt lookup": PromptLookup(target.config.n_vocab),
-        "layers 0 and 5 of lab-target": skip_layers(target.model, [0, 5]),
-    }
+    drafts = drafts_of(target, draft)
     found = [
         {"prompt": kind, "prompt_tokens": len(prompt), **measure(target, name, model, prompt)}
         for kind, prompt in prompts(target).items()
