@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llmopt_lab.core.device import pick_device
+from llmopt_lab.core.device import hardware_facts, pick_device, software_facts
 from llmopt_lab.core.errors import BadInput, LabError, require
 from llmopt_lab.moe.records import Grouping, Routing
 from llmopt_lab.moe.reference import combine, group, moe_layer, route, router_logits, swiglu
@@ -337,7 +337,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{dist.get_world_size()} ranks, {dist.get_backend()}, {args.dtype}, {chosen}")
         print(format_reports(reports, d=args.d, itemsize=dtype.itemsize), flush=True)
         if args.out:
-            facts = {"backend": dist.get_backend(), "dtype": args.dtype, "sizes": chosen}
+            facts = {"hardware": hardware_facts(), "software": software_facts()}
+            facts |= {"backend": dist.get_backend(), "dtype": args.dtype, "sizes": chosen}
             args.out.write_text(json.dumps(facts | {"ranks": reports}, indent=1) + "\n")
     dist.destroy_process_group()
     return 0 if same else 1
