@@ -1,6 +1,7 @@
 """Benchmarks: nothing wrong is timed, nothing absent is hidden, and the numbers add up."""
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,6 +62,15 @@ def test_contenders_take_turns_and_each_begins_one():
     assert warm_ups == ["a", "b"] and len(turns) >= 2 * bench.TURNS - 3
     assert abs(order.count("a") - order.count("b")) < 200
     assert {len(results[name]["samples_ms"]) for name in ("a", "b")} <= {*range(6, 201)}
+
+
+def test_what_a_contender_prepared_lives_until_its_last_turn():
+    """A captured graph holds addresses only: freed, they belong to the next contender."""
+    private = [torch.ones(3), torch.ones(3)]
+    alive = [weakref.ref(x) for x in private]
+    timer = bench._Timer([x.sum for x in private], CPU)
+    del private
+    assert all(x() is not None for x in alive), timer
 
 
 def test_a_wrong_kernel_of_ours_stops_the_benchmark():
@@ -190,3 +200,21 @@ def test_a_gpu_timing_is_close_to_what_the_bandwidth_allows():
     timing = bench.time_calls([x.sum for x in sets], device)
     assert timing.how == "graph"
     assert 0.7 < roofline.floor_ms(sets[0].nbytes, 0) / timing.median_ms < 1.1
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_contender_reads_its_own_copy_in_every_turn():
+    device = torch.device("cuda")
+    kept = []
+
+    def prepare(x):
+        copy, out = x.clone(), torch.empty_like(x)  # freed, the copy's place goes to the next
+        kept.append(out)
+        return lambda: torch.mul(copy, 2, out=out)
+
+    contenders = [Contender(name, prepare, ours=True) for name in ("a", "b", "c")]
+    sets = [(torch.randn(1 << 24, device=device),) for _ in range(4)]
+    bench._run_contenders(contenders, sets, 2 * sets[0][0], device)
+    torch.cuda.synchronize()
+    for out, (x,) in zip(kept, 3 * sets, strict=True):
+        assert torch.equal(out, 2 * x)

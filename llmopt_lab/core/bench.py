@@ -92,6 +92,7 @@ class _Timer:
     """Takes samples of one contender: a call for each of its input sets."""
 
     def __init__(self, calls: Sequence[Callable[[], Tensor]], device: torch.device):
+        self.calls = calls  # a graph replays addresses: what the calls hold must stay where it is
         self.n_calls = len(calls)
         self.samples: list[float] = []
         if device.type != "cuda":
