@@ -218,3 +218,22 @@ def test_on_a_gpu_a_contender_reads_its_own_copy_in_every_turn():
     torch.cuda.synchronize()
     for out, (x,) in zip(kept, 3 * sets, strict=True):
         assert torch.equal(out, 2 * x)
+
+
+@pytest.mark.gpu
+def test_a_call_that_cannot_be_captured_leaves_the_generator_as_it_was():
+    device = torch.device("cuda")
+    torch.manual_seed(3)
+    torch.randn(5, device=device)
+    state = torch.cuda.get_rng_state()
+    want = torch.randn(5, device=device)
+    torch.cuda.set_rng_state(state)
+    x = torch.ones(5, device=device)
+
+    def looks_at_the_cpu():
+        return x * x.sum().item()
+
+    assert bench.time_calls([looks_at_the_cpu], device).how == "stream"
+    assert torch.equal(torch.randn(5, device=device), want)
+    torch.manual_seed(3)
+    assert bench.time_calls([x.sum], device).how == "graph"

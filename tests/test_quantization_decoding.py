@@ -1,5 +1,6 @@
 """Whole models that decode on quantized weights: speed, memory, and the same text as by hand."""
 
+import gc
 import json
 
 import pytest
@@ -72,6 +73,67 @@ def test_a_run_is_written_row_by_row_and_replaces_this_machine_s_only(monkeypatc
     assert all(row["tokens_per_second"] > 0 and row["peak_bytes"] >= 0 for row in rows.values())
     held = [row["model_bytes"] for row in rows.values()]
     assert held[0] == sum(p.nbytes for p in small_model().parameters()) and held[1] < held[2]
+
+
+def test_the_peak_is_what_torch_gave_out_at_once_to_the_byte():
+    kept = torch.ones(1000)
+
+    def run():
+        a = torch.ones(2000)  # 8,000 bytes, gone before the rest
+        del a
+        b, c = torch.ones(1000), torch.ones(1500)
+        kept.add_(b.sum() + c.sum())
+
+    scalars = 256  # of three sums, each at most a piece of 64 bytes
+    assert 10_000 <= decoding.allocated_peak(run) <= 10_000 + scalars
+    assert decoding.allocated_peak(lambda: kept.add_(1)) <= scalars
+
+
+def test_a_model_s_memory_is_its_own_whatever_ran_before(monkeypatch):
+    monkeypatch.setattr(decoding, "_model", lambda name, device: (small_model(), True))
+    cpu = torch.device("cpu")
+    rows = {}
+    for way in (*decoding.ON_CPU, *decoding.ON_CPU[::-1]):
+        row = decoding.measure_way("lab-target", way, cpu, n_new=2)
+        rows.setdefault(way, []).append((row["model_bytes"], row["peak_bytes"]))
+    for first, again in rows.values():
+        assert first == again
+    model_bytes, peak = rows["4 bits, dequantized at each step"][0]
+    assert peak - model_bytes > 4 * 88 * 64  # the largest weight as float32, beside its codes
+
+
+def bytes_of(model) -> int:
+    """Of all tensors that a model on the GPU holds, in the allocator's pieces of 512."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        if getattr(module, "multiply", None) is not None:
+            tensors += [x for x in module.multiply.keywords.values() if x is not None]
+    pieces = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(-(-nbytes // 512) * 512 for nbytes in pieces.values())
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_model_s_memory_is_its_own_whatever_ran_before(monkeypatch):
+    def model_of(name, device):
+        return small_model(device, torch.bfloat16), False
+
+    def measure(way: str) -> tuple[int, ...]:
+        row = decoding.measure_way("any", way, torch.device("cuda"), n_new=2)
+        return row["model_bytes"], row["peak_bytes"], row["workspace_bytes"]
+
+    monkeypatch.setattr(decoding, "_model", model_of)
+    measure("float")  # the first capture of a session leaves the generator 1 kB
+    rows = {way: measure(way) for way in decoding.ON_GPU}
+    for way in decoding.ON_GPU[::-1]:
+        assert measure(way) == rows[way], way
+    torch.manual_seed(0)  # raises after a failed capture
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
+    before = torch.cuda.memory_allocated()
+    model = quantize_model(model_of("any", "cuda")[0], bits=4, group_size=128, progress=False)
+    memory = decoding.speed_and_memory(use_kernels(model, keep_codes=False), n_new=2)
+    assert memory["model_bytes"] - before == bytes_of(model)
+    assert memory["peak_bytes"] > memory["model_bytes"] + memory["workspace_bytes"]
 
 
 @pytest.mark.gpu

@@ -168,8 +168,19 @@ def _capture(calls: Sequence[Callable[[], Tensor]]) -> tuple[Callable[[], None],
             run()
     except Exception:  # noqa: BLE001  a peer that synchronises or allocates cannot be captured
         torch.cuda.synchronize()
+        _end_failed_capture()
         return run, "stream"
     return graph.replay, "graph"
+
+
+def _end_failed_capture() -> None:
+    """Capture something that can be: a failed capture leaves torch's generator waiting for its end.
+
+    Until a capture ends well, every torch.manual_seed and random tensor on the GPU raises.
+    """
+    one = torch.zeros(1, device="cuda")
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        one += 1
 
 
 @dataclass(frozen=True)

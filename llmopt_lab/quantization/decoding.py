@@ -8,11 +8,13 @@ run on the kernels and beside them without; on a CPU they are float32 and there 
 """
 
 import argparse
-import ctypes
 import gc
 import json
+import os
 import platform
 import time
+from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -100,46 +102,61 @@ def step_ms(model: Transformer, *, length: int) -> dict:
     }
 
 
-def measure_way(name: str, way: str, device: torch.device, *, n_new: int, base: int = 0) -> dict:
-    """One row: model `name` decodes in one of WAYS. Only this model is in memory then.
-
-    Args:
-        base: on a CPU, bytes that the process held before any model; not counted as the model's.
-    """
+def measure_way(name: str, way: str, device: torch.device, *, n_new: int) -> dict:
+    """One row: model `name` decodes in one of WAYS. Only this model is in memory then."""
     how, on_kernels = WAYS[way]
     model, trained = _model(name, device)
     if how is not None:
         model = quantize_model(model, progress=False, **how)
     if on_kernels:
         use_kernels(model, keep_codes=False)
+    row = {"way": way, "how": how, "trained": trained, "n_new": n_new}
+    row |= speed_and_memory(model, n_new=n_new)
     if device.type == "cuda":
-        gc.collect()
-        torch._C._cuda_clearCublasWorkspaces()  # of the model before
-        torch.cuda.empty_cache()
-        held = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-        reset_peak_memory()
-    row = {
-        "way": way,
-        "how": how,
-        "trained": trained,
-        "tokens_per_second": round(tokens_per_second(model, n_new=n_new), 2),
-        "n_new": n_new,
-        "model_bytes": held,
-    }
-    if device.type == "cuda":
-        row["peak_bytes"] = torch.cuda.max_memory_allocated()
         if how is None or on_kernels:  # else it looks at the codes on the CPU: no graph
             row |= step_ms(model, length=PROMPT)
         if trained:
             lm = load(name, device=device)
             text, n_bytes = held_out_windows(lm, 11, 1024)
             row["bits_per_byte"] = bits_per_byte(model, text.to(device), n_bytes)
-    else:
-        row["peak_bytes"] = peak_memory() - base
     return row
+
+
+def speed_and_memory(model: Transformer, *, n_new: int) -> dict:
+    """Tokens a second, and bytes: of the model, at the peak, and kept by cuBLAS (on a GPU).
+
+    Bytes are those that torch's allocator has given out. What a model before this one left behind
+    is not among them; on a GPU cuBLAS's work space for this one is, with `workspace_bytes`.
+    """
+    if model.device.type == "cuda":
+        gc.collect()
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        speed = tokens_per_second(model, n_new=n_new)
+        peak = torch.cuda.max_memory_allocated()
+        extra = {"workspace_bytes": torch.cuda.memory_allocated() - held}
+    else:
+        held, extra = sum(t.nbytes for t in (*model.parameters(), *model.buffers())), {}
+        prompt = torch.arange(1, PROMPT + 1)
+        peak = held + allocated_peak(lambda: generate(model, prompt, 2))
+        speed = tokens_per_second(model, n_new=n_new)
+    return {"tokens_per_second": round(speed, 2), "model_bytes": held, "peak_bytes": peak} | extra
+
+
+def allocated_peak(run: Callable[[], object]) -> int:
+    """Most bytes that torch's CPU allocator had given out at once, of those given out in `run`.
+
+    The process's own peak would be no measure of a small model: pages of libraries and gaps
+    between freed tensors are tens of megabytes, and others each time.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler tells stderr when it begins
+    with torch.autograd.profiler.profile(use_kineto=False, profile_memory=True) as log:
+        run()
+    events = [event for event in log.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events), default=0)
 
 
 def _model(name: str, device: torch.device) -> tuple[Transformer, bool]:
@@ -154,19 +171,6 @@ def _model(name: str, device: torch.device) -> tuple[Transformer, bool]:
         torch.manual_seed(0)
         model = Transformer(SHAPES[name]).to(dtype)
     return model.requires_grad_(False).eval(), False
-
-
-def reset_peak_memory() -> None:
-    """Let the kernel count this process's peak from here on (Linux)."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what the float model left behind is not this model's
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory() -> int:
-    """Most bytes of memory that this process had at once since the reset (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("VmHWM"))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -189,15 +193,11 @@ def main(arguments: list[str] | None = None) -> None:
         "prompt": PROMPT,
         "models": before["models"],
     }
-    base = 0
-    if device.type == "cpu":
-        reset_peak_memory()
-        base = peak_memory()
     for name in args.models:
         run["models"][name] = rows = []
         for way in ON_GPU if device.type == "cuda" else ON_CPU:
             slow = name != "lab-target" and "dequantized" in way
-            rows.append(measure_way(name, way, device, n_new=9 if slow else 65, base=base))
+            rows.append(measure_way(name, way, device, n_new=9 if slow else 65))
             whole = {"format_version": 1, "room": "quantization", "runs": [*others, run]}
             args.out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
             print(f"{name}, {way}: {rows[-1]}", flush=True)
