@@ -221,11 +221,11 @@ def test_on_a_gpu_a_contender_reads_its_own_copy_in_every_turn():
 
 
 @pytest.mark.gpu
-def test_a_call_that_cannot_be_captured_leaves_the_generator_as_it_was():
+def test_a_call_that_cannot_be_captured_leaves_generator_and_stream_as_they_were():
     device = torch.device("cuda")
     torch.manual_seed(3)
     torch.randn(5, device=device)
-    state = torch.cuda.get_rng_state()
+    state, stream = torch.cuda.get_rng_state(), torch.cuda.current_stream()
     want = torch.randn(5, device=device)
     torch.cuda.set_rng_state(state)
     x = torch.ones(5, device=device)
@@ -234,6 +234,7 @@ def test_a_call_that_cannot_be_captured_leaves_the_generator_as_it_was():
         return x * x.sum().item()
 
     assert bench.time_calls([looks_at_the_cpu], device).how == "stream"
+    assert torch.cuda.current_stream() == stream
     assert torch.equal(torch.randn(5, device=device), want)
     torch.manual_seed(3)
     assert bench.time_calls([x.sum], device).how == "graph"

@@ -163,10 +163,12 @@ def _capture(calls: Sequence[Callable[[], Tensor]]) -> tuple[Callable[[], None],
         for call in calls:
             call()
 
+    stream = torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph):
             run()
     except Exception:  # noqa: BLE001  a peer that synchronises or allocates cannot be captured
+        torch.cuda.set_stream(stream)  # torch stays on the one it captured from
         torch.cuda.synchronize()
         _end_failed_capture()
         return run, "stream"
