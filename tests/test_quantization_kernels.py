@@ -171,7 +171,7 @@ def test_two_runs_give_the_same_bits(n_tokens):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-@pytest.mark.parametrize("shape", [(33, 704), (5, 100), (1, 1), (16, 128)], ids=str)
+@pytest.mark.parametrize("shape", [(33, 704), (5, 100), (3, 333), (1, 1), (16, 128)], ids=str)
 def test_int4_rounding_and_back_are_the_references_to_the_bit(shape, group_size, symmetric):
     w = weight(*shape)
     w[0] = 0

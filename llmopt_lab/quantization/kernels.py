@@ -725,11 +725,11 @@ def _quantize_int4_kernel(
     for i in tl.static_range(SHARE):
         place = block * (GROUPS * SHARE) + tl.arange(0, GROUPS) * SHARE + i     # (GROUPS,)
         at = place[None, :] * n_rows + n[:, None]
-        tl.store(scale_ptr + at, scale, row_ok[:, None])
+        first = block * BLOCK + tl.arange(0, GROUPS) * GROUP + i * SLICE
+        begun = (first < n_cols)[None, :]                               # (1, GROUPS)
+        tl.store(scale_ptr + at, tl.where(begun, scale, 1.0), row_ok[:, None])
         if HAS_ZEROS:
-            first = block * BLOCK + tl.arange(0, GROUPS) * GROUP + i * SLICE
-            past = tl.where((first < n_cols)[None, :], zero, 0.0)
-            tl.store(zero_ptr + at, past.to(tl.int16), row_ok[:, None])
+            tl.store(zero_ptr + at, tl.where(begun, zero, 0.0).to(tl.int16), row_ok[:, None])
 
 
 @jit
