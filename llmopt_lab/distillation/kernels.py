@@ -29,6 +29,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)   # exp(x) == exp2(x * LOG2_E), exp2 i
 WIDTH = 8                                   # tokens of a lane: 16 bytes in half precision
 CHUNK_BYTES = 256 << 20                     # of the buffers that hold a chunk's logits, at most
 FEWEST_ROWS = 256                           # of a chunk: below, the products lose their speed
+FEW_CHUNKS = 4                              # whose sum may be rounded to half precision after each
 
 
 def jit(fn):
@@ -180,8 +181,9 @@ def linear_kl_triton(
             temperature that is not positive and finite, bfloat16 under the interpreter.
 
     Cost: three products of 2 n_tokens d n_vocab operations, a fourth for the teacher's hidden
-    states. Extra memory: a chunk's logits (twice with `teacher_weight`), and the two gradients. The
-    weight's gradient is summed over chunks in the weight's dtype; each product in float32.
+    states. Extra memory: a chunk's logits (twice with `teacher_weight`), and the two gradients.
+    Each product sums in float32. The weight's gradient is summed over at most FEW_CHUNKS chunks in
+    the weight's dtype, over more in float32: that takes 4 bytes a weight, and a chunk's own.
     Source: the chunks are those of Hsu et al. 2024, Liger Kernel (https://arxiv.org/abs/2410.10989);
     the loss that of Hinton et al. 2015.
     """
@@ -200,7 +202,7 @@ class LinearKL(torch.autograd.Function):
             chunk=chunk, wanted=ctx.needs_input_grad[:2],
         )  # fmt: skip
         n = rows.new_tensor(len(rows)) if mask is None else mask.sum().clamp_min(1)
-        ctx.sums, ctx.factor = (d_hidden, d_weight), temperature / n
+        ctx.sums, ctx.factor, ctx.dtype = (d_hidden, d_weight), temperature / n, hidden.dtype
         return temperature**2 * rows.sum() / n
 
     @staticmethod
@@ -213,9 +215,10 @@ class LinearKL(torch.autograd.Function):
         )
         (d_hidden, d_weight), ctx.sums = ctx.sums, None
         factor = d_loss * ctx.factor
-        for gradient in (d_hidden, d_weight):
-            if gradient is not None:
-                gradient.mul_(factor)
+        d_hidden, d_weight = (
+            None if gradient is None else gradient.mul_(factor).to(ctx.dtype)
+            for gradient in (d_hidden, d_weight)
+        )
         return d_hidden, d_weight, None, None, None, None, None
 
 
@@ -232,7 +235,10 @@ def loss_and_sums(
     chunk = chunk or choose_chunk(n_tokens, n_vocab, weight.itemsize, teacher_weight is not None)
     loss = torch.empty(n_tokens, dtype=torch.float32, device=hidden.device)
     d_hidden = torch.empty_like(hidden) if wanted[0] else None
-    d_weight = torch.empty_like(weight) if wanted[1] else None
+    few = n_tokens <= FEW_CHUNKS * chunk
+    d_weight = None
+    if wanted[1]:
+        d_weight = torch.zeros_like(weight, dtype=weight.dtype if few else torch.float32)
     buffers = [
         weight.new_empty(min(chunk, n_tokens), n_vocab)
         for _ in range(1 if teacher_weight is None else 2)
@@ -250,10 +256,10 @@ def loss_and_sums(
         difference = z_s                                                # (n, n_vocab) q - p
         if d_hidden is not None:
             torch.mm(difference, weight, out=d_hidden[rows])
-        if d_weight is not None:
-            torch.addmm(
-                d_weight, difference.T, hidden[rows], beta=float(rows.start > 0), out=d_weight
-            )
+        if d_weight is not None and few:
+            d_weight.addmm_(difference.T, hidden[rows])
+        elif d_weight is not None:
+            d_weight += difference.T @ hidden[rows]
     return loss, d_hidden, d_weight
 
 
