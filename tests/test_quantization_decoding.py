@@ -59,7 +59,7 @@ def test_the_clock_counts_new_tokens_and_not_the_prompt(monkeypatch):
 
 
 def test_a_run_is_written_row_by_row_and_replaces_this_machine_s_only(monkeypatch, tmp_path):
-    monkeypatch.setattr(decoding, "_model", lambda name, device: (small_model(), True))
+    monkeypatch.setattr(decoding, "_model", lambda name, device: (small_model(), False))
     monkeypatch.setattr(decoding, "pick_device", lambda: torch.device("cpu"))
     out = tmp_path / "decoding.json"
     other = {"hardware": {"name": "another"}, "models": {"lab-target": []}}
@@ -90,7 +90,7 @@ def test_the_peak_is_what_torch_gave_out_at_once_to_the_byte():
 
 
 def test_a_model_s_memory_is_its_own_whatever_ran_before(monkeypatch):
-    monkeypatch.setattr(decoding, "_model", lambda name, device: (small_model(), True))
+    monkeypatch.setattr(decoding, "_model", lambda name, device: (small_model(), False))
     cpu = torch.device("cpu")
     rows = {}
     for way in (*decoding.ON_CPU, *decoding.ON_CPU[::-1]):

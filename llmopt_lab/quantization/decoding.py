@@ -1,4 +1,4 @@
-"""What decoding costs with a whole model in few bits: tokens a second and peak memory.
+"""What decoding costs with a whole model in few bits: tokens a second, peak memory and accuracy.
 
     python -m llmopt_lab.quantization.decoding                 # on the GPU, else on one CPU core
     python -m llmopt_lab.quantization.decoding --models lab-target --out results.json
@@ -41,8 +41,8 @@ WAYS = {  # name -> how to quantize, and whether the kernels multiply
     "int8 both, kernel": ({"method": "w8a8", "bits": 8}, True),
     "int8 both, torch": ({"method": "w8a8", "bits": 8}, False),
 }
-# Where the trained weights are not at hand, random ones of the same shape: nothing that is measured
-# here depends on their values.
+# Where the trained weights are not at hand, random ones of the same shape: speed and memory do not
+# depend on their values.
 SHAPES = {
     "smollm2-135m": ModelConfig(
         n_vocab=49152, d_model=576, n_layers=30, n_heads=9, n_kv_heads=3, d_head=64, d_ff=1536,
@@ -112,13 +112,12 @@ def measure_way(name: str, way: str, device: torch.device, *, n_new: int) -> dic
         use_kernels(model, keep_codes=False)
     row = {"way": way, "how": how, "trained": trained, "n_new": n_new}
     row |= speed_and_memory(model, n_new=n_new)
-    if device.type == "cuda":
-        if how is None or on_kernels:  # else it looks at the codes on the CPU: no graph
-            row |= step_ms(model, length=PROMPT)
-        if trained:
-            lm = load(name, device=device)
-            text, n_bytes = held_out_windows(lm, 11, 1024)
-            row["bits_per_byte"] = bits_per_byte(model, text.to(device), n_bytes)
+    if device.type == "cuda" and (how is None or on_kernels):
+        row |= step_ms(model, length=PROMPT)  # the others look at the codes on the CPU: no graph
+    if trained:
+        lm = load(name, device=device)
+        text, n_bytes = held_out_windows(lm, 11, 1024)
+        row["bits_per_byte"] = bits_per_byte(model, text.to(device), n_bytes)
     return row
 
 
