@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 import aot
 
+from llmopt_lab.core.bench import load_results
 from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.errors import BadInput
 from llmopt_lab.quantization import kernels, reference
@@ -427,6 +428,38 @@ def test_kernels_compile_and_fit_the_chip(target):
         assert facts["shared"] <= aot.TARGETS[target][3], f"{what}: shared memory {facts['shared']}"
         if target == "sm_90":
             assert facts["spills"] == 0, f"{what} spills {facts['spills']} bytes"
+
+
+# --- as recorded
+
+
+def recorded(title: str, **size) -> dict[str, dict]:
+    """Results of one row on the H100, by contender."""
+    (record,) = load_results("quantization")
+    (case,) = (case for case in record["cases"] if case["title"].startswith(title))
+    (row,) = (row for row in case["rows"] if row["size"] == size)
+    return row["results"]
+
+
+@pytest.mark.parametrize("n_tokens", [1, 16])
+@pytest.mark.parametrize("shape", [(14336, 4096), (4096, 14336), (16384, 16384)], ids=str)
+def test_four_bit_weights_beat_bf16_as_the_bytes_promise(n_tokens, shape):
+    n_rows, n_cols = shape
+    row = recorded("4-bit weights", n_tokens=n_tokens, n_rows=n_rows, n_cols=n_cols)
+    times = {name: result["median_ms"] for name, result in row.items()}
+    assert times["unquantised"] / times["ours"] >= (2.5 if n_tokens == 1 else 1.3)
+    assert times["torch int4 (tinygemm)"] > times["ours"]
+    if n_tokens == 1:
+        assert row["ours"]["share_of_roofline"] >= 0.6
+
+
+def test_int8_beats_torch_and_bf16_on_a_large_product():
+    size = {"n_tokens": 4096, "n_rows": 4096, "n_cols": 4096}
+    whole, sums = recorded("int8 weights", **size), recorded("int8 product alone", **size)
+    times = {name: result["median_ms"] for name, result in whole.items()}
+    assert times["torch._int_mm, compiled"] >= times["ours"]
+    assert times["unquantised"] >= 1.2 * times["ours"]
+    assert sums["torch._int_mm"]["median_ms"] >= sums["ours"]["median_ms"]
 
 
 # --- on a GPU

@@ -483,3 +483,19 @@ def test_every_planned_calibration_was_measured_on_the_recorded_text():
             assert row["perplexity"] == perplexity(
                 row["bits_per_byte"], held_out["tokens"], held_out["bytes"]
             )
+
+
+def test_as_recorded_gptq_and_awq_lose_half_of_what_rounding_loses():
+    """In symmetric groups of 128; SmolLM2 at 3 bits loses more."""
+    for name, most in (("lab-target", {4: 0.5, 3: 0.4}), ("smollm2-135m", {4: 0.5, 3: 0.6})):
+        rows = json.loads(measure.RESULTS.read_text())["models"][name]["rows"]
+        lost = {}
+        for row in rows:
+            how = row["how"]
+            if how.get("group_size") == 128 and how.get("symmetric", True):
+                lost[how["method"], how["bits"], how.get("act_order", False)] = row["excess"]
+        assert {("rtn", 8, False), ("gptq", 8, True), ("awq", 8, False)} <= lost.keys()
+        for bits, share in most.items():
+            nearest = lost["rtn", bits, False]
+            assert lost["gptq", bits, True] <= share * nearest
+            assert lost["awq", bits, False] <= share * nearest
