@@ -434,6 +434,8 @@ def flash_attention_triton(
         (batch, n_heads, n_q, d_head), the dtype of `q`, and with `return_lse` the natural
         log-sum-exp, (batch, n_heads, n_q) float32. Both are differentiable, once. A row that sees
         no key (causal and n_q > n_k, or n_k = 0) gives 0 and -inf. Two runs give the same bits.
+        The backward pass reads the rounded output. In half precision that error shows in d_q and
+        d_k of a row with nearly all its weight on one key, whose exact gradients are near 0.
 
     Raises:
         BadInput: a shape, dtype, device, layout or scale is wrong.
