@@ -7,14 +7,15 @@
 The compiler itself checks neither that shared memory fits the chip nor that registers do.
 """
 
+import contextlib
 import functools
 import importlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
-import tempfile
 import traceback
 from pathlib import Path
 
@@ -48,6 +49,7 @@ def compile_ahead(specs: list[dict]) -> list[dict]:
 def _compiler() -> subprocess.Popen:
     """The process that compiles; it ends with this one, as its standard input does."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    environment["TRITON_DUMP_PTXAS_LOG"] = "1"
     root = str(Path(__file__).parents[1])
     environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
     return subprocess.Popen(
@@ -57,7 +59,6 @@ def _compiler() -> subprocess.Popen:
 
 
 def _compile(spec: dict) -> dict:
-    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -75,35 +76,35 @@ def _compile(spec: dict) -> dict:
     source = ASTSource
     if kernel.is_gluon():
         from triton.experimental.gluon._runtime import GluonASTSource as source  # noqa: N813
-    compiled = triton.compile(
+    compiled, said = _compile_aloud(
         source(kernel, signature, constexprs, attrs),
         target=GPUTarget(backend, architecture, lanes),
         options=spec.get("options", {}),
     )
     facts = {"shared": compiled.metadata.shared, "registers": None, "spills": None}
     if backend == "cuda":
-        facts |= _resources(compiled.asm["ptx"])
+        facts["registers"] = int(re.search(r"Used (\d+) registers", said)[1])
+        facts["spills"] = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
     return facts
 
 
-def _resources(ptx: str) -> dict:
-    """Registers and spilled bytes a thread, as the assembler reports them."""
-    from triton.backends.nvidia.compiler import get_ptxas
+def _compile_aloud(source, **options):
+    """A kernel, and what its assembler said; Triton's cache keeps both."""
+    import triton
+    from triton.runtime.cache import get_cache_manager
 
-    target = re.search(r"^\.target (\S+)", ptx, re.M)[1].split(",")[0]
-    capability = int(re.search(r"\d+", target)[0])
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        report = subprocess.run(
-            [get_ptxas(capability).path, "-v", f"--gpu-name={target}", file.name, "-o", os.devnull],
-            capture_output=True, text=True, check=True,
-        ).stderr  # fmt: skip
-    spilled = re.findall(r"(\d+) bytes spill", report)
-    return {
-        "registers": int(re.search(r"Used (\d+) registers", report)[1]),
-        "spills": sum(map(int, spilled)),
-    }
+    # True: the cache had the kernel from elsewhere, without what was said
+    for triton.knobs.compilation.always_compile in (False, True):
+        heard = io.StringIO()
+        with contextlib.redirect_stdout(heard):
+            compiled = triton.compile(source, **options)
+        cache = get_cache_manager(compiled.hash)
+        if heard.getvalue():
+            cache.put(heard.getvalue(), "assembler.log", binary=False)
+        log = cache.get_file("assembler.log")
+        if log or options["target"].backend != "cuda":
+            break
+    return compiled, Path(log).read_text() if log else ""
 
 
 def _serve() -> None:

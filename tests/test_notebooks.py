@@ -83,9 +83,10 @@ def nbval(path: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Run a notebook by nbval, in its own folder, on one core."""
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider",
-         *arguments, str(path)],
+         "-p", "nbval.plugin", *arguments, str(path)],
         cwd=path.parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # the other plugins installed here take seconds to import
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
