@@ -64,6 +64,18 @@ def test_contenders_take_turns_and_each_begins_one():
     assert {len(results[name]["samples_ms"]) for name in ("a", "b")} <= {*range(6, 201)}
 
 
+def test_no_contender_follows_the_same_one_in_every_turn(monkeypatch):
+    timers = [bench._Timer([lambda: torch.zeros(1)], CPU) for _ in range(6)]
+    order = []
+    monkeypatch.setattr(bench._Timer, "take", lambda self, _: order.append(timers.index(self)))
+    bench._take_turns(timers, 0.3)
+    turns = [order[first : first + 6] for first in range(0, 36, 6)]
+    assert all(sorted(turn) == [*range(6)] for turn in turns)
+    assert sorted(turn[0] for turn in turns) == [*range(6)]
+    pairs = [pair for turn in turns for pair in zip(turn, turn[1:], strict=False)]
+    assert len(set(pairs)) == len(pairs) == 30  # each follows each of the others once
+
+
 def test_what_a_contender_prepared_lives_until_its_last_turn():
     """A captured graph holds addresses only: freed, they belong to the next contender."""
     private = [torch.ones(3), torch.ones(3)]

@@ -7,9 +7,11 @@ copies of the inputs, together several times the L2 cache, are visited in turn b
 in one CUDA graph (where the contender can be captured), as the layers of a model follow each
 other: every call reads cold memory, and launch gaps of Python stay out of the number. (Overwriting
 the L2 before each call instead charges the call for writing those dirty lines back: about 16 us on
-an H100.) The contenders take turns, so that a chip that gets hot slows all of them. Reported: the
-median of the replays with its 20th and 80th percentile. On a CPU, wall time of one input set. Raw
-samples go into the JSON, in the order they were taken.
+an H100.) The contenders take turns, so that a chip that gets hot slows all of them, and run for a
+while before each turn's samples: near its power limit a chip's clock follows the power drawn in the
+last tens of milliseconds, which would be the one before's. Reported: the median of the replays with
+its 20th and 80th percentile. On a CPU, wall time of one input set. Raw samples go into the JSON, in
+the order they were taken.
 """
 
 import argparse
@@ -36,6 +38,7 @@ COLD_BYTES = 512 << 20  # several times the L2 of any supported GPU
 MAX_SETS = 32  # input sets a case is timed on
 TURNS = 6  # rounds in which the contenders of a row are timed
 SECONDS = 0.3  # of samples for each contender
+SETTLE = 0.1  # seconds a contender runs before its samples of a turn
 FORMAT_VERSION = 1
 
 
@@ -109,8 +112,9 @@ class _Timer:
 
     def take(self, seconds: float) -> None:
         """Samples for about `seconds`, at most a turn's share of 200."""
-        if self.how != "wall":
-            self.replay()  # the one before left its own data in the caches
+        start = time.perf_counter()
+        while self.how != "wall" and time.perf_counter() - start < SETTLE:
+            self._sample()
         start = time.perf_counter()
         for n in range(200 // TURNS):
             if n >= self.least and time.perf_counter() - start > seconds:
@@ -136,10 +140,14 @@ class _Timer:
 
 
 def _take_turns(timers: Sequence[_Timer], seconds: float) -> None:
-    """`seconds` of samples for each, in rounds that begin with another one each time."""
+    """`seconds` of samples for each, in rounds that begin with another one each time.
+
+    The order 0, 1, -1, 2, -2, .. shifted by the turn: nobody follows the same one every time.
+    """
+    zigzag = [(place + 1) // 2 * (-1) ** (place + 1) for place in range(len(timers))]
     for turn in range(TURNS):
-        for place in range(len(timers)):
-            timers[(turn + place) % len(timers)].take(seconds / TURNS)
+        for step in zigzag:
+            timers[(turn + step) % len(timers)].take(seconds / TURNS)
 
 
 def time_calls(

@@ -29,7 +29,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)   # exp(x) == exp2(x * LOG2_E), exp2 i
 WIDTH = 8                                   # tokens of a lane: 16 bytes in half precision
 CHUNK_BYTES = 256 << 20                     # of the buffers that hold a chunk's logits, at most
 FEWEST_ROWS = 256                           # of a chunk: below, the products lose their speed
-FEW_CHUNKS = 4                              # whose sum may be rounded to half precision after each
+FEW_CHUNKS = 16                             # whose sum may be rounded to half precision after each
 
 
 def jit(fn):
@@ -236,9 +236,7 @@ def loss_and_sums(
     loss = torch.empty(n_tokens, dtype=torch.float32, device=hidden.device)
     d_hidden = torch.empty_like(hidden) if wanted[0] else None
     few = n_tokens <= FEW_CHUNKS * chunk
-    d_weight = None
-    if wanted[1]:
-        d_weight = torch.zeros_like(weight, dtype=weight.dtype if few else torch.float32)
+    d_weight = torch.empty_like(weight) if wanted[1] else None
     buffers = [
         weight.new_empty(min(chunk, n_tokens), n_vocab)
         for _ in range(1 if teacher_weight is None else 2)
@@ -257,9 +255,10 @@ def loss_and_sums(
         if d_hidden is not None:
             torch.mm(difference, weight, out=d_hidden[rows])
         if d_weight is not None and few:
-            d_weight.addmm_(difference.T, hidden[rows])
+            d_weight.addmm_(difference.T, hidden[rows], beta=float(rows.start > 0))
         elif d_weight is not None:
-            d_weight += difference.T @ hidden[rows]
+            part = difference.T @ hidden[rows]
+            d_weight = part.float() if rows.start == 0 else d_weight.add_(part)
     return loss, d_hidden, d_weight
 
 
