@@ -232,18 +232,30 @@ def test_each_exercise_needs_the_setup_cells_and_its_own_alone(source, capsys):
         assert all(f"{exercise_of(cell.id)}: done" in out for cell in checks), section
 
 
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory):
+    """Chapter -> the scores of its solution and of its untouched exercises: a grader a course."""
+    folder = tmp_path_factory.mktemp("handed-in")
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}:{FIXTURES}")
+        for course in (FIXTURES / "course", ROOT):
+            sources = [source for source in SOURCES if build.find_root(source) == course]
+            files = []
+            for source in sources:
+                solved = folder / f"solved {source.stem}.ipynb"
+                nbformat.write(build.read_source(source), solved)
+                files += [solved, course / "exercises" / f"{source.stem}.ipynb"]
+            scores = grade(files, exercises=course / "exercises", checks=["demo_checks"], jobs=1)
+            found |= zip(sources, zip(scores[::2], scores[1::2], strict=True), strict=True)
+    return found
+
+
 @pytest.mark.notebook
 @each_chapter
-def test_the_grader_gives_the_solution_every_point_and_the_untouched_stub_none(
-    source, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{FIXTURES}")
-    solved = build.read_source(source)
-    nbformat.write(solved, tmp_path / "solved.ipynb")
-    exercises = build.find_root(source) / "exercises"
-    files = [tmp_path / "solved.ipynb", exercises / f"{source.stem}.ipynb"]
-    done, blank = grade(files, exercises=exercises, checks=["demo_checks"], jobs=1)
-    points = checks_of(solved)
+def test_the_grader_gives_the_solution_every_point_and_the_untouched_stub_none(source, graded):
+    done, blank = graded[source]
+    points = checks_of(build.read_source(source))
     assert {v.exercise: v.earned for v in done.verdicts} == points, [*done.verdicts]
     assert {v.exercise: v.points for v in blank.verdicts} == points
     assert blank.earned == 0
