@@ -38,7 +38,7 @@ test: .venv/ready-for-tests .venv-colab/ready
 	@echo "== 2/3 Badges in the README belong to the address in pyproject.toml"
 	.venv/bin/llmopt badges --check
 	@echo "== 3/3 Tests, on two processes"
-	.venv/bin/python -m pytest -n 2 --dist loadfile --timeout 900 $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --timeout 900 $(ARGS)
 
 notebooks: .venv/ready-for-tests
 	@echo "== Building notebooks/, exercises/ and solutions/"

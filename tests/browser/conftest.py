@@ -136,6 +136,7 @@ class Lab:
                 return cells.every((cell) => /\\[\\d+\\]:/.test(cell.textContent));
             }""",
             timeout=timeout_s * 1000,
+            polling=200,  # ms; to look at every frame of the page costs what a lesson's cells cost
         )
 
     def wait_for_kernel(self) -> None:
@@ -206,13 +207,22 @@ class Lab:
             self.page.locator(".lm-Menu-item", has_text=re.compile(f"^{name}")).first.click()
 
 
+@pytest.fixture(scope="session")
+def profile(chromium, tmp_path_factory):
+    """A user's browser: it keeps JupyterLab's compiled scripts from page to page, on its disk."""
+    with chromium.browser_type.launch_persistent_context(
+        tmp_path_factory.mktemp("profile"), executable_path=CHROMIUM, args=QUIET
+    ) as context:
+        yield context
+
+
 @pytest.fixture
-def open_lab(chromium, lab_server, tmp_path):
+def open_lab(profile, lab_server, tmp_path):
     """A function that opens a notebook (a path, or a notebook in memory) and gives a `Lab`."""
-    contexts = []
+    pages = []
 
     def open_notebook(notebook, *, wait_for_kernel=True, width=1280, height=1400) -> Lab:
-        folder = lab_server.root / f"{tmp_path.name}-{len(contexts)}"
+        folder = lab_server.root / f"{tmp_path.name}-{len(pages)}"
         folder.mkdir()
         path = folder / "notebook.ipynb"
         if isinstance(notebook, (str, Path)):
@@ -222,9 +232,9 @@ def open_lab(chromium, lab_server, tmp_path):
             kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
             notebook.metadata.setdefault("kernelspec", kernel)
             nbformat.write(notebook, path)
-        context = chromium.new_context(viewport={"width": width, "height": height})
-        contexts.append(context)
-        page = context.new_page()
+        page = profile.new_page()
+        pages.append(page)
+        page.set_viewport_size({"width": width, "height": height})
         lab = Lab(page, tmp_path, path)
         page.on("pageerror", lambda error: lab.errors.append(str(error)))
         page.on("console", lambda said: said.type == "error" and lab.errors.append(said.text))
@@ -238,8 +248,8 @@ def open_lab(chromium, lab_server, tmp_path):
         return lab
 
     yield open_notebook
-    for context in contexts:
-        context.close()
+    for page in pages:
+        page.close()
     shutil.rmtree(lab_server.settings, ignore_errors=True)
     for session in json.loads(lab_server.ask("api/sessions")):
         lab_server.ask(f"api/sessions/{session['id']}", "DELETE")
