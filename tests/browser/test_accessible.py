@@ -111,13 +111,22 @@ def page_of(widget, theme: str) -> str:
     )
 
 
-@pytest.fixture
-def shown(chromium):
-    """A function that opens one widget; the page keeps the errors."""
+@pytest.fixture(scope="module")
+def offline_page(chromium):
     context = chromium.new_context(viewport={"width": 1280, "height": 1000}, offline=True)
     page = context.new_page()
     page.errors = []
     page.on("pageerror", lambda error: page.errors.append(str(error)))
+    yield page
+    context.close()
+
+
+@pytest.fixture
+def shown(offline_page):
+    """A function that opens one widget, in a window of its own; the page keeps the errors."""
+    page = offline_page
+    page.goto("about:blank")
+    page.errors.clear()
 
     def show(name, theme="light"):
         page.set_content(page_of(WIDGETS[name](), theme))
@@ -125,8 +134,7 @@ def shown(chromium):
         assert page.errors == []
         return page
 
-    yield show
-    context.close()
+    return show
 
 
 def violations(page) -> list[tuple]:
