@@ -254,14 +254,46 @@ def same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     )
 
 
+TOY_ROOM = {
+    "__init__.py": '"""A room for the test below."""\n',
+    "reference.py": """
+import torch
+from llmopt_lab.core.memory import Load
+from llmopt_lab.core.trace import record
+
+def double(x, rng):
+    for _ in range(3):
+        record(Load("x", 0, {nbytes}))
+        x = x + torch.rand(2, generator=rng)
+    if x.sum() > 0:
+        record(Load("x", 1, 8))
+    return x
+""",
+    "cases.py": """
+import torch
+
+def strip_example(reference):
+    return reference.double(torch.ones(2), torch.Generator().manual_seed(0))
+""",
+}
+# toy room -> what the record in its loop counts as bytes
+TOYS = {"harmless": "8", "drawing": "int(torch.rand(1, generator=rng) * 8)"}
+
+
 @pytest.fixture(scope="module")
 def with_and_without_records(tmp_path_factory):
     """Room -> tensors, by the package as it is and by a copy whose record lines are deleted."""
     package_root = copy_package(tmp_path_factory.mktemp("stripped"))
-    with_records = run_examples(package_root, rooms())
-    for room in rooms():
+    for room, nbytes in TOYS.items():
+        folder = package_root / "llmopt_lab" / room
+        folder.mkdir()
+        for name, text in TOY_ROOM.items():
+            (folder / name).write_text(text.replace("{nbytes}", nbytes))
+    with_records = run_examples(package_root, [*rooms(), *TOYS])
+    for room in [*rooms(), *TOYS]:
         strip_room(package_root, room)
-    return with_records, run_examples(package_root, rooms())
+    assert "record(" not in (package_root / "llmopt_lab" / "drawing" / "reference.py").read_text()
+    return with_records, run_examples(package_root, [*rooms(), *TOYS])
 
 
 @pytest.mark.parametrize("room", rooms())
@@ -285,40 +317,7 @@ def test_the_example_of_the_strip_test_reaches_every_record_line(room):
             )
 
 
-TOY_ROOM = {
-    "__init__.py": '"""A room for the test below."""\n',
-    "reference.py": """
-import torch
-from llmopt_lab.core.memory import Load
-from llmopt_lab.core.trace import record
-
-def double(x, rng):
-    for _ in range(3):
-        record(Load("x", 0, {nbytes}))
-        x = x + torch.rand(2, generator=rng)
-    if x.sum() > 0:
-        record(Load("x", 1, 8))
-    return x
-""",
-    "cases.py": """
-import torch
-
-def strip_example(reference):
-    return reference.double(torch.ones(2), torch.Generator().manual_seed(0))
-""",
-}
-
-
-@pytest.mark.parametrize(
-    ("nbytes", "harmless"), [("8", True), ("int(torch.rand(1, generator=rng) * 8)", False)]
-)
-def test_a_record_that_draws_a_random_number_is_caught(nbytes, harmless, tmp_path):
-    (tmp_path / "llmopt_lab" / "toy").mkdir(parents=True)
-    shutil.copy(HOME / "__init__.py", tmp_path / "llmopt_lab")
-    shutil.copytree(HOME / "core", tmp_path / "llmopt_lab" / "core")
-    for name, text in TOY_ROOM.items():
-        (tmp_path / "llmopt_lab" / "toy" / name).write_text(text.replace("{nbytes}", nbytes))
-    with_records = run_examples(tmp_path, ["toy"])["toy"]
-    strip_room(tmp_path, "toy")
-    assert "record(" not in (tmp_path / "llmopt_lab" / "toy" / "reference.py").read_text()
-    assert same_bits(with_records, run_examples(tmp_path, ["toy"])["toy"]) == harmless
+def test_a_record_that_draws_a_random_number_is_caught(with_and_without_records):
+    with_records, without = with_and_without_records
+    assert same_bits(with_records["harmless"], without["harmless"])
+    assert not same_bits(with_records["drawing"], without["drawing"])

@@ -575,12 +575,16 @@ def test_asking_for_gpu_tests_opens_no_file_without_one(tmp_path):
     assert "error" not in out and "3 GPU tests were left out" in out, out
 
 
-@pytest.mark.parametrize("parallel", [(), ("-n", "2", "--dist", "loadfile")])
-def test_skips_fail_where_asked_and_gpu_tests_are_left_out_aloud(parallel, tmp_path):
-    out = run_pytest(tmp_path, *parallel)
+def test_a_skip_is_no_failure_and_gpu_tests_are_left_out_aloud(tmp_path):
+    out = run_pytest(tmp_path)
     assert re.search(r"1 passed, 2 skipped,.* 1 xfailed", out), out
     assert "3 GPU tests were left out" in out and '-m gpu -o addopts=""' in out
+
+
+@pytest.mark.parametrize("parallel", [(), ("-n", "2", "--dist", "loadfile")])
+def test_skips_fail_where_asked_and_gpu_tests_are_left_out_aloud(parallel, tmp_path):
     out = run_pytest(tmp_path, "--fail-on-skip", "--continue-on-collection-errors", *parallel)
     assert re.search(r"1 passed, 1 xfailed,.* 2 errors|1 passed,.* 1 xfailed, 2 errors", out), out
+    assert "3 GPU tests were left out" in out and '-m gpu -o addopts=""' in out
     for reason in ("no browser", "no notebook"):
         assert f"skipped, and --fail-on-skip is set: Skipped: {reason}" in out
