@@ -143,6 +143,43 @@ def test_only_kernels_import_triton(relative):
         assert Path(relative).stem in MAY_IMPORT_TRITON or "triton" not in at_top, relative
 
 
+def numbers_asked_for_methods(source: str) -> list[str]:
+    """Calls like `n_rows.to(...)` in launched kernels, where n_rows is a number from the launcher.
+
+    Triton makes a number that equals 1 a Python int, which has no methods; on other numbers, and
+    in the interpreter, the call works.
+    """
+    found = []
+    for kernel in ast.walk(ast.parse(source)):
+        if not (isinstance(kernel, ast.FunctionDef) and kernel.decorator_list):
+            continue
+        if not kernel.name.endswith("_kernel"):
+            continue
+        given = {arg.arg for arg in kernel.args.args if not arg.arg.endswith(("_ptr", "_desc"))}
+        for call in ast.walk(kernel):
+            method = call.func if isinstance(call, ast.Call) else None
+            if isinstance(method, ast.Attribute):
+                parts = list(ast.walk(method.value))
+                names = {part.id for part in parts if isinstance(part, ast.Name)}
+                computed = any(isinstance(part, (ast.Call, ast.Subscript)) for part in parts)
+                if names and names <= given and not computed:
+                    found.append(f"{kernel.name}, line {call.lineno}: {ast.unparse(call)}")
+    return found
+
+
+@pytest.mark.parametrize("relative", [f for f in FILES if Path(f).stem in MAY_IMPORT_TRITON])
+def test_a_kernel_asks_no_number_of_its_launcher_for_a_method(relative):
+    assert not numbers_asked_for_methods((HOME / relative).read_text())
+
+
+def test_a_number_asked_for_a_method_is_seen_and_a_tensor_is_let_through():
+    kernel = "@jit\ndef _a_kernel(x_ptr, x_desc, n, m, SIZE: tl.constexpr):\n    {}"
+    for line in ("a = n.to(tl.int64)", "a = x_ptr + (n * m).to(tl.int64)", "SIZE.to(tl.int64)"):
+        assert numbers_asked_for_methods(kernel.format(line)), line
+    for line in ("a = tl.cast(n, tl.int64)", "a = tl.program_id(n).to(tl.int64)", "x_desc.load(n)"):
+        assert not numbers_asked_for_methods(kernel.format(line)), line
+
+
 def top_level_imports(source: str) -> set[str]:
     """First names of what a module imports as it is imported itself."""
     names = set()

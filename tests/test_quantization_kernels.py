@@ -430,6 +430,26 @@ def test_kernels_compile_and_fit_the_chip(target):
             assert facts["spills"] == 0, f"{what} spills {facts['spills']} bytes"
 
 
+@pytest.mark.parametrize("scaled", [True, False])
+def test_split_products_of_one_token_compile(scaled):
+    """The launcher makes numbers that equal 1 constants, which the interpreter does not."""
+    part = "i32" if scaled else "fp32"
+    pointers = {"part_ptr": part, "x_scale_ptr": "fp32", "w_scale_ptr": "fp32", "out_ptr": "bf16"}
+    spec = {
+        "kernel": f"{MODULE}:_merge_kernel",
+        "target": "sm_90",
+        "signature": {k: f"*{v}" for k, v in pointers.items()} | {"n_rows": "i32"},
+        "constexprs": {
+            "n_tokens": 1, "w_scale_row": 1, "N_SPLITS": 4, "SCALED": scaled, "TILE": 256,
+            "PDL": True,
+        },
+        "aligned": ["n_rows"],
+        "options": {"num_warps": 2, "launch_pdl": True},
+    }  # fmt: skip
+    (facts,) = aot.compile_ahead([spec])
+    assert facts["spills"] == 0
+
+
 # --- as recorded
 
 

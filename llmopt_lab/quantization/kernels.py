@@ -335,7 +335,7 @@ def _merge_kernel(
     if PDL:
         gdc_wait()                  # until every split is stored
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    size = n_tokens.to(tl.int64) * n_rows
+    size = tl.cast(n_tokens, tl.int64) * n_rows    # one token is a constant, without .to
     ok = at < size
     total = tl.load(part_ptr + at, ok, other=0)
     for split in tl.static_range(1, N_SPLITS):
