@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
+from llmopt_lab.core.bench import load_results
 from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.errors import BadInput
 from llmopt_lab.moe import kernels
@@ -382,6 +383,22 @@ def test_bfloat16_is_refused_by_the_interpreter():
     args = [x.detach().bfloat16() for x in inputs(SHAPES[0])]
     with pytest.raises(BadInput, match="bfloat16 needs a GPU"):
         moe_layer_triton(*args, k=2)
+
+
+def test_the_recorded_h200_results_meet_what_the_chapter_asks_but_for_three_rows():
+    """Those three are short of 0.8 of the bytes' time, and lesson 3 says so."""
+    (recorded,) = load_results("moe")
+    prefill, decode = (case["rows"] for case in recorded["cases"])
+    assert len(prefill) == 2 and len(decode) == 8
+    for row in prefill:
+        times = {name: r.get("median_ms") for name, r in row["results"].items()}
+        assert times["torch._grouped_mm"] >= 1.05 * times["ours"], row["size"]
+    short = {
+        (row["size"]["n_experts"], row["size"]["n_tokens"])
+        for row in decode
+        if row["results"]["ours"]["gb_s"] < 0.8 * recorded["roofline"]["read_gb_s"]
+    }
+    assert short == {(8, 64), (128, 1), (128, 4)}
 
 
 # --- on a GPU
