@@ -102,8 +102,26 @@ def lse_oracle(q, k, mask):
     return scores.masked_fill(~mask, -torch.inf).logsumexp(-1)
 
 
+def gradients_of_saved(q, k, v, out, d_out, mask):
+    """d_q, d_k and d_v in float64 by the formulas of the paper, from an `out` that was rounded.
+
+    d_k of a key that all queries see, as one of longformer's, sums what the rounding of `out`
+    brings into all their deltas. Every attention that saves `out` has that, so the oracle has it.
+    """
+    group = q.shape[1] // k.shape[1]
+    keys, values = (x.double().repeat_interleave(group, 1) for x in (k, v))
+    q, out, d_out = q.double(), out.double(), d_out.double()
+    scale = q.shape[3] ** -0.5
+    scores = (scale * q @ keys.mT).masked_fill(~mask, -torch.inf)
+    p = scores.softmax(-1).nan_to_num()  # a query that sees no key
+    delta = (out * d_out).sum(-1, keepdim=True)
+    d_s = scale * p * (d_out @ values.mT - delta)
+    per_head = (d_s.mT @ q, p.mT @ d_out)
+    return d_s @ keys, *(x.unflatten(1, (k.shape[1], group)).sum(2) for x in per_head)
+
+
 def check_forward_and_backward(q, k, v, pattern, *, mask=None, lists=None, what=""):
-    """Results and the gradients of a random function of both, against the oracle."""
+    """Results and gradients against the oracle, in half precision `gradients_of_saved`."""
     if mask is None:
         mask = pattern.mask(q.shape[2], k.shape[2], device=q.device)
     q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
@@ -115,7 +133,10 @@ def check_forward_and_backward(q, k, v, pattern, *, mask=None, lists=None, what=
     rng = torch.Generator(q.device).manual_seed(1)
     d_out = torch.randn(out.shape, generator=rng, device=q.device, dtype=out.dtype) / 4
     got = torch.autograd.grad(out, (q, k, v), d_out)
-    grads = torch.autograd.grad(want, wide, d_out.double())
+    if out.dtype == torch.float32:
+        grads = torch.autograd.grad(want, wide, d_out.double())
+    else:
+        grads = gradients_of_saved(*(x.detach() for x in (q, k, v, out)), d_out, mask)
     for name, g, w in zip(("d_q", "d_k", "d_v"), got, grads, strict=True):
         if w.norm() > 1e-9 * d_out.double().norm():
             assert_close(g, w, f"{name} {what}")
@@ -125,6 +146,19 @@ def check_forward_and_backward(q, k, v, pattern, *, mask=None, lists=None, what=
 
 def inputs(sizes, *, dtype=torch.float32, device="cpu", seed=0):
     return attention_inputs(sizes, dtype=dtype, device=device, seed=seed, peak=2.0)
+
+
+@pytest.mark.parametrize("name", ["sinks", "longformer"])
+@pytest.mark.parametrize("sizes", SHAPES, ids=str)
+def test_gradients_of_a_saved_output_are_autograds_when_it_is_not_rounded(sizes, name):
+    q, k, v = (x.requires_grad_() for x in inputs(sizes, dtype=torch.float64))
+    mask = PATTERNS[name](sizes.n_k).mask(sizes.n_q, sizes.n_k)
+    out = attention_oracle(q, k, v, mask)
+    d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+    want = torch.autograd.grad(out, (q, k, v), d_out)
+    got = gradients_of_saved(*(x.detach() for x in (q, k, v, out)), d_out, mask)
+    for g, w in zip(got, want, strict=True):
+        assert_close(g, w)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
