@@ -219,7 +219,7 @@ def profile(chromium, tmp_path_factory):
 @pytest.fixture
 def open_lab(profile, lab_server, tmp_path):
     """A function that opens a notebook (a path, or a notebook in memory) and gives a `Lab`."""
-    pages = []
+    pages = {}  # page -> what listens to it
 
     def open_notebook(notebook, *, wait_for_kernel=True, width=1280, height=1400) -> Lab:
         folder = lab_server.root / f"{tmp_path.name}-{len(pages)}"
@@ -232,12 +232,16 @@ def open_lab(profile, lab_server, tmp_path):
             kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
             notebook.metadata.setdefault("kernelspec", kernel)
             nbformat.write(notebook, path)
-        page = profile.new_page()
-        pages.append(page)
+        # in the window of the test before, where JupyterLab's scripts are warm, else in a new one
+        page = profile.new_page() if pages else profile.pages[0]
         page.set_viewport_size({"width": width, "height": height})
         lab = Lab(page, tmp_path, path)
-        page.on("pageerror", lambda error: lab.errors.append(str(error)))
-        page.on("console", lambda said: said.type == "error" and lab.errors.append(said.text))
+        pages[page] = {
+            "pageerror": lambda error: lab.errors.append(str(error)),
+            "console": lambda said: said.type == "error" and lab.errors.append(said.text),
+        }
+        for event, hear in pages[page].items():
+            page.on(event, hear)
         page.goto(
             f"{lab_server.url}/lab/tree/{path.relative_to(lab_server.root)}"
             f"?reset&token={lab_server.token}"
@@ -248,8 +252,12 @@ def open_lab(profile, lab_server, tmp_path):
         return lab
 
     yield open_notebook
-    for page in pages:
-        page.close()
+    for page, listeners in pages.items():
+        for event, hear in listeners.items():
+            page.remove_listener(event, hear)
+        page.goto("about:blank")
+        if page is not profile.pages[0]:
+            page.close()
     shutil.rmtree(lab_server.settings, ignore_errors=True)
     for session in json.loads(lab_server.ask("api/sessions")):
         lab_server.ask(f"api/sessions/{session['id']}", "DELETE")
