@@ -1,9 +1,10 @@
 """What speculation gains on this CPU, beside what the model of its speed predicts.
 
-    python -m llmopt_lab.speculative_decoding.measure        # on a quiet machine: minutes
+    python -m llmopt_lab.speculative_decoding.measure        # minutes
 
 Writes results/cpu.json. Greedy, one thread; every text is checked against plain decoding. Plain
 decoding and all ways to speculate take turns, so that a machine that slows down slows all of them.
+Seconds are the processor's, of this process: those in which it waits for a core do not count.
 `kept_share` counts what drafts get accepted, in chains and trees, greedy and sampled: no clock.
 """
 
@@ -57,13 +58,13 @@ def prompts(lm: LanguageModel) -> dict[str, Tensor]:
 
 
 def in_turns(calls: dict[Hashable, Callable[[], object]], repeats: int) -> dict[Hashable, float]:
-    """The median seconds of each call; they take turns, after one to warm up."""
+    """The median seconds of a processor in each call; they take turns, after one to warm up."""
     times: dict[Hashable, list[float]] = {name: [] for name in calls}
     for _ in range(repeats + 1):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = time.process_time()
             call()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.process_time() - start)
     return {name: median(taken[1:]) for name, taken in times.items()}
 
 
@@ -251,6 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
         "n_new": N_NEW,
         "temperature": 0,
         "repeats": REPEATS,
+        "clock": "time.process_time",
         "software": software_facts() | {"python": platform.python_version()},
         "cpu": {"name": cpu_name(), "threads": 1},
         "runs": found,
