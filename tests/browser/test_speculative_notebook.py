@@ -39,11 +39,12 @@ def test_the_notebook_runs_and_moves(open_lab):
         lab.page.keyboard.press("Home")
     title = "lab-draft, k 1, temperature 0.0"
     expect(real.locator(".lm-player", has_text=title)).to_be_visible(timeout=20_000)
-    draft.focus()
-    lab.page.keyboard.press("ArrowUp")
-    title = "prompt lookup, k 1, temperature 0.0"
-    expect(real.locator(".lm-player", has_text=title)).to_be_visible(timeout=20_000)
-    expect(draft).to_be_focused()
+    for name in ("draft head", "prompt lookup"):
+        draft.focus()
+        lab.page.keyboard.press("ArrowUp")
+        title = f"{name}, k 1, temperature 0.0"
+        expect(real.locator(".lm-player", has_text=title)).to_be_visible(timeout=20_000)
+        expect(draft).to_be_focused()
 
     tree = lab.player_titled("A tree of guesses")
     tree.locator(".lm-stage").click()
