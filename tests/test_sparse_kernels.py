@@ -419,7 +419,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TENSORS = {
     "forward": ("q", "k", "v", "out"),
     "backward_keys": ("q", "k", "v", "d_out", "d_k", "d_v"),
-    "backward_queries": ("q", "k", "v", "d_out", "d_q"),
+    "backward_queries": ("q", "k", "v", "out", "d_out", "d_q"),
 }
 RULES = {
     "window and sinks": {"LISTED": False, "SINKS": True, "TERMS": 0},
@@ -443,7 +443,8 @@ def kernel_spec(target: str, kernel: str, dtype: str, d_head: int, rule: str) ->
         "kernel": f"{MODULE}:_{kernel}_kernel",
         "target": target,
         "signature": {f"{x}_ptr": f"*{dtype}" for x in TENSORS[kernel]}
-        | {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32"}
+        | dict.fromkeys(["lse_ptr", "d_lse_ptr", "delta_ptr"], "*fp32")
+        | {"scale": "fp32"}
         | dict.fromkeys(["blocks_ptr", "n_full_ptr", "n_live_ptr", "terms_ptr"], "*i32")
         | dict.fromkeys(strides, "i64")
         | dict.fromkeys([*rows, *counts, "n_sinks"], "i32"),

@@ -33,6 +33,7 @@ MAX_ROW_STRIDE = 1 << 24                    # elements
 FAR = 1 << 30                               # further than any token, as in the patterns
 FIELDS = tl.constexpr(16)                   # int32 of one term in the table: two bands
 MOST_UNROLLED = 2                           # terms that a kernel is compiled for
+CHUNK = tl.constexpr(256)                   # terms that are looked at at once
 EVERYTHING = (1, -FAR, FAR, 1, -FAR, FAR, -FAR, FAR)    # a band, field by field
 NOTHING = (1, 1, 0, 1, 0, 0, 0, 0)
 PARTIAL, FULL = tl.constexpr(1), tl.constexpr(2)
@@ -127,20 +128,22 @@ def _states(
         first_row += n_k - n_q
         some = walked < 0
         every = walked < 0
-        # of many terms, most are about other rows than this
-        for chunk in range(0, n_terms, 16):
-            i = chunk + tl.arange(0, 16)                                # (16,)
+        # of many terms, most are about other rows than this: the others are picked one by one
+        for chunk in range(0, n_terms, CHUNK):
+            i = chunk + tl.arange(0, CHUNK)                             # (CHUNK,)
             near = _near(
                 terms_ptr + i * FIELDS, i < n_terms, owner, n_q, n_k, BLOCK_Q, BLOCK_K, OF_KEYS
             )
-            if tl.max(near.to(tl.int32), axis=0) > 0:
-                for j in range(chunk, tl.minimum(chunk + 16, n_terms)):
-                    at = terms_ptr + j * FIELDS
-                    if _near(at, j < n_terms, owner, n_q, n_k, BLOCK_Q, BLOCK_K, OF_KEYS):
-                        some_1, every_1 = _held(at, first_row, last_row, first_col, last_col)
-                        some_2, every_2 = _held(at + 8, first_row, last_row, first_col, last_col)
-                        some = some | (some_1 & some_2)
-                        every = every | (every_1 & every_2)
+            left = tl.where(near, i, n_terms)
+            j = tl.min(left, axis=0)
+            while j < n_terms:
+                at = terms_ptr + j * FIELDS
+                some_1, every_1 = _held(at, first_row, last_row, first_col, last_col)
+                some_2, every_2 = _held(at + 8, first_row, last_row, first_col, last_col)
+                some = some | (some_1 & some_2)
+                every = every | (every_1 & every_2)
+                left = tl.where(left == j, n_terms, left)
+                j = tl.min(left, axis=0)
         state = tl.where(every, FULL, tl.where(some, PARTIAL, 0))
     else:
         n_cols = n_owners if OF_KEYS else n_walked
@@ -626,32 +629,6 @@ def _forward_kernel(
 
 
 @jit
-def _backward_delta_kernel(
-    out_ptr, d_out_ptr,             # (batch, n_heads, n_q, D_HEAD)
-    d_lse_ptr, delta_ptr,           # (batch, n_heads, n_q) float32, contiguous
-    out_batch, out_head, out_row, d_out_batch, d_out_head, d_out_row,
-    n_heads, n_q,
-    D_HEAD: tl.constexpr, D: tl.constexpr, TILE_Q: tl.constexpr,
-):
-    """One program: delta = rowsum(d_out * out) - d_lse of TILE_Q rows; dS is P * (dP - delta)."""
-    tile, head, batch = _owned(tl.cdiv(n_q, TILE_Q), n_heads)
-    first = tile * TILE_Q
-    row = first + tl.arange(0, TILE_Q)                                  # (TILE_Q,)
-    out = _load_rows(
-        out_ptr + batch * out_batch, head, first, n_q, out_head, out_row,
-        TILE_Q, D_HEAD, D, False, CHECKED=True,
-    )
-    d_out = _load_rows(
-        d_out_ptr + batch * d_out_batch, head, first, n_q, d_out_head, d_out_row,
-        TILE_Q, D_HEAD, D, False, CHECKED=True,
-    )
-    at = (batch * n_heads + head) * n_q + row                           # (TILE_Q,)
-    d_lse = tl.load(d_lse_ptr + at, row < n_q, other=0.0)
-    delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), axis=1) - d_lse
-    tl.store(delta_ptr + at, delta, row < n_q)
-
-
-@jit
 def _absorb_queries(
     d_k, d_v, k, v, key, first_k,   # (TILE_K, D) each, (TILE_K,), int: this program's keys
     q_rows, d_out_rows, lse_at, delta_at,                               # of all heads
@@ -809,11 +786,13 @@ def _absorb_keys(
 
 @sized_jit
 def _backward_queries_kernel(
-    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, d_out_ptr,
+    lse_ptr, d_lse_ptr, delta_ptr,  # (batch, n_heads, n_q) float32, contiguous; delta is a result
     d_q_ptr,                        # like q
     blocks_ptr, n_full_ptr, n_live_ptr, terms_ptr,      # lists of key blocks, terms
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    d_out_batch, d_out_head, d_out_row, d_q_batch, d_q_head, d_q_row,
+    out_batch, out_head, out_row, d_out_batch, d_out_head, d_out_row,
+    d_q_batch, d_q_head, d_q_row,
     n_heads, group, n_q, n_k, list_head, n_terms, low, high, n_sinks, scale,
     D_HEAD: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     LISTED: tl.constexpr, SINKS: tl.constexpr, TERMS: tl.constexpr, STEPS: tl.constexpr,
@@ -821,7 +800,10 @@ def _backward_queries_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):
-    """One program: the gradient of TILE_Q queries of one head, over the keys that they see."""
+    """One program: the gradient of TILE_Q queries of one head, over the keys that they see.
+
+    And their delta = rowsum(d_out * out) - d_lse, with which dS is P * (dP - delta).
+    """
     tile, head, batch = _owned(tl.cdiv(n_q, TILE_Q), n_heads)
     kv_head = head // group
     first_q = _from_both_ends(tile, tl.cdiv(n_q, TILE_Q), LISTED) * TILE_Q
@@ -840,7 +822,13 @@ def _backward_queries_kernel(
     row = first_q + tl.arange(0, TILE_Q)                                # (TILE_Q,)
     at = (batch * n_heads + head) * n_q + row                           # (TILE_Q,)
     lse = tl.load(lse_ptr + at, row < n_q, other=float("inf"))
-    delta = tl.load(delta_ptr + at, row < n_q, other=0.0)
+    out = _load_rows(
+        out_ptr + batch * out_batch, head, first_q, n_q, out_head, out_row,
+        TILE_Q, D_HEAD, D, False, CHECKED=True,
+    )
+    delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), axis=1)   # (TILE_Q,)
+    delta -= tl.load(d_lse_ptr + at, row < n_q, other=0.0)
+    tl.store(delta_ptr + at, delta, row < n_q)
     list_at = (batch * (n_heads // group) + kv_head) * list_head + first_q // BLOCK_Q
     blocks_at = blocks_ptr + list_at * tl.cdiv(n_k, BLOCK_K)
     n_full, n_partial, begin, full_begin, full_end, end = _keys_of(
@@ -1204,10 +1192,15 @@ def backward_of(q, k, v, out, lse, d_out, d_lse, walk: Walk, scale: float):
     d_q, d_k, d_v = _empty_like(q), _empty_like(k), _empty_like(v)
     delta = torch.empty_like(lse)
     sizes = _sizes(q)
-    rows = 64 if sizes["D"] <= 128 else 32
-    _backward_delta_kernel[(ceil_div(n_q, rows) * n_heads * batch,)](
-        out, d_out, d_lse.contiguous(), delta, *_strides(out, d_out), n_heads, n_q,
-        D_HEAD=d_head, D=sizes["D"], TILE_Q=rows,
+    # first, for it makes delta
+    lists = walk.lists(of_keys=False) if walk.listed else None
+    (tensors, scalars), constants = walk.arguments(lists)
+    tiles = choose_tiles("backward_queries", d_head, q.dtype, walk)
+    _backward_queries_kernel[(ceil_div(n_q, tiles.tile_q) * n_heads * batch,)](
+        q, k, v, out, d_out, lse, d_lse.contiguous(), delta, d_q, *tensors,
+        *_strides(q, k, v, out, d_out, d_q),
+        n_heads, n_heads // n_kv_heads, n_q, n_k, *scalars, scale,
+        **sizes, **constants, **_options(tiles, walk, k, v),
     )  # fmt: skip
     lists = walk.lists(of_keys=True) if walk.listed else None
     (tensors, scalars), constants = walk.arguments(lists)
@@ -1216,14 +1209,6 @@ def backward_of(q, k, v, out, lse, d_out, d_lse, walk: Walk, scale: float):
         q, k, v, d_out, lse, delta, d_k, d_v, *tensors, *_strides(q, k, v, d_out, d_k, d_v),
         n_kv_heads, n_heads // n_kv_heads, n_q, n_k, *scalars, scale,
         **sizes, **constants, **_options(tiles, walk, q, d_out),
-    )  # fmt: skip
-    lists = walk.lists(of_keys=False) if walk.listed else None
-    (tensors, scalars), constants = walk.arguments(lists)
-    tiles = choose_tiles("backward_queries", d_head, q.dtype, walk)
-    _backward_queries_kernel[(ceil_div(n_q, tiles.tile_q) * n_heads * batch,)](
-        q, k, v, d_out, lse, delta, d_q, *tensors, *_strides(q, k, v, d_out, d_q),
-        n_heads, n_heads // n_kv_heads, n_q, n_k, *scalars, scale,
-        **sizes, **constants, **_options(tiles, walk, k, v),
     )  # fmt: skip
     return d_q, d_k, d_v
 
