@@ -156,3 +156,30 @@ def test_a_step_is_timed_as_one_graph():
     )
     timing = decoding.step_ms(use_kernels(model), length=20)
     assert timing["step_timed_as"] == "graph" and timing["step_ms"] > 0
+
+
+# --- as recorded
+
+
+def recorded_rows(*, on_gpu: bool) -> list[tuple[str, dict[str, dict]]]:
+    runs = json.loads(decoding.RESULTS.read_text())["runs"]
+    (run,) = (run for run in runs if ("threads" not in run["hardware"]) == on_gpu)
+    return [(name, {row["way"]: row for row in rows}) for name, rows in run["models"].items()]
+
+
+def test_what_the_roundings_cost_was_recorded_with_every_trained_model():
+    for on_gpu, ways in ((False, decoding.ON_CPU), (True, decoding.ON_GPU)):
+        for name, rows in recorded_rows(on_gpu=on_gpu):
+            if name != "llama-3-8b":  # random weights
+                assert list(rows) == list(ways), name
+                lost = {way: row["bits_per_byte"] for way, row in rows.items()}
+                eight = next(way for way in ways if "int8" in way)
+                assert lost["float"] < lost[eight] < lost["4 bits, dequantized at each step"]
+
+
+def test_as_one_graph_four_bits_beat_float_and_hold_less_at_every_size():
+    for name, rows in recorded_rows(on_gpu=True):
+        four, whole = rows["4 bits, kernel"], rows["float"]
+        assert four["step_timed_as"] == whole["step_timed_as"] == "graph"
+        assert four["step_p80_ms"] < whole["step_p20_ms"], name
+        assert four["peak_bytes"] < whole["peak_bytes"], name
