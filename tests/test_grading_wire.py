@@ -276,7 +276,8 @@ def test_with_a_container_engine_each_notebook_runs_in_a_container(tmp_path, mon
         container="the-image", memory=1 << 30, processes=50,
     )  # fmt: skip
     assert {v.misconception for v in score.verdicts} == {"not-written"}
-    run, kill = (json.loads(line) for line in log.read_text().splitlines())
+    version, image, run, kill = (json.loads(line) for line in log.read_text().splitlines())
+    assert version == ["version"] and image == ["image", "inspect", "the-image"]
     assert run[0] == "run" and kill[0] == "kill"
     assert f"--name={kill[1]}" in run
     assert {
@@ -290,18 +291,37 @@ def test_with_a_container_engine_each_notebook_runs_in_a_container(tmp_path, mon
 
 def test_without_a_container_engine_the_message_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(BadInput, match="no container engine"):
+    with pytest.raises(BadInput, match="no container engine: docker: not found; podman: not found"):
         sandbox.find_engine()
+
+
+def fake_program(file: Path, body: str) -> None:
+    file.write_text(f"#!/bin/sh\n{body}\n")
+    file.chmod(0o755)
+
+
+def test_an_engine_that_does_not_answer_is_passed_over_and_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    fake_program(tmp_path / "docker", "echo client 1; echo is the daemon running? >&2; exit 1")
+    with pytest.raises(BadInput, match="docker: is the daemon running.; podman: not found"):
+        sandbox.find_engine()
+    fake_program(tmp_path / "podman", "exit 0")
+    assert sandbox.find_engine() == str(tmp_path / "podman")
+
+
+def test_an_image_that_is_not_there_is_refused_before_any_work(tmp_path):
+    fake_program(tmp_path / "podman", "[ $1 != image ]")
+    with pytest.raises(BadInput, match="no image my/lab:1 in podman: .* podman pull my/lab:1"):
+        sandbox.find_image(str(tmp_path / "podman"), "my/lab:1")
 
 
 def test_the_image_is_built_once(tmp_path, monkeypatch):
     engine, log = tmp_path / "podman", tmp_path / "log"
-    engine.write_text(
-        f"#!/bin/sh\necho $1 >> {log}\ncat > /dev/null\n[ $1 != image ] || [ -e {log}.built ]\n"
+    fake_program(
+        engine, f"echo $1 >> {log}\ncat > /dev/null\n[ $1 != image ] || [ -e {log}.built ]"
     )
-    engine.chmod(0o755)
-    assert sandbox.auto_image(str(engine)) == sandbox.AUTO
+    assert sandbox.find_image(str(engine), "auto") == sandbox.AUTO
     assert log.read_text().split() == ["image", "build"]
     Path(f"{log}.built").touch()
-    sandbox.auto_image(str(engine))
+    sandbox.find_image(str(engine), "auto")
     assert log.read_text().split() == ["image", "build", "image"]

@@ -254,10 +254,10 @@ def _graded(submission: Submission, store: Store, run: Callable[[Path], dict]) -
 def _engine(container: str) -> tuple[str, str]:
     if not container:
         return "", ""
-    from llmopt_lab.grading.sandbox import auto_image, find_engine
+    from llmopt_lab.grading.sandbox import find_engine, find_image
 
     engine = find_engine()
-    return engine, auto_image(engine) if container == "auto" else container
+    return engine, find_image(engine, container)
 
 
 def _digest(settings: dict) -> str:

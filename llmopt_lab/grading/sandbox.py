@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from llmopt_lab.core.errors import LabError, require
+from llmopt_lab.core.errors import BadInput, LabError, require
 from llmopt_lab.grading.wire import Channel, Stopped
 
 NEW_NS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = (
@@ -388,20 +388,32 @@ def _mount(source: str, target: str, kind: str | None, flags: int = 0, data: str
 # containers
 
 
-def find_engine(wanted: str = "") -> str:
-    """The path of docker or podman, or of the one that is wanted.
+def find_engine() -> str:
+    """The path of docker or podman: the first one that answers.
 
     Raises:
-        BadInput: there is none.
+        BadInput: none does.
     """
-    names = (wanted,) if wanted else ENGINES
-    found = next(filter(None, map(shutil.which, names)), None)
-    require(
-        found is not None,
-        f"no container engine: {' and '.join(names)} not found. Install one, or leave --container "
-        "out: then each submission runs in a process that is shut in by the system itself",
+    said = []
+    for name in ENGINES:
+        path = shutil.which(name)
+        if path is None:
+            said.append(f"{name}: not found")
+            continue
+        answer = _ask(path, "version")  # docker's client is often there without its daemon
+        if answer.returncode == 0:
+            return path
+        said.append(f"{name}: {(answer.stderr.strip().splitlines() or ['no answer'])[-1]}")
+    raise BadInput(
+        f"no container engine: {'; '.join(said)}. Install or start one, or leave --container out: "
+        "then each submission runs in a process that is shut in by the system itself"
     )
-    return found
+
+
+def _ask(engine: str, *question: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [engine, *question], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
 
 
 def in_container(engine: str, image: str, limits: Limits, name: str) -> list[str]:
@@ -469,17 +481,23 @@ RUN pip install --no-cache-dir "/course[lab]" && pip uninstall -y llmopt_lab
 AUTO = "llmopt-lab-grade"
 
 
-def auto_image(engine: str) -> str:
-    """The image that `--container auto` names, built from this checkout if it is not there yet.
+def find_image(engine: str, image: str) -> str:
+    """The image that is asked for; "auto" is built from this checkout if it is not there yet.
 
     Raises:
+        BadInput: it is not there.
         LabError: it cannot be built.
     """
-    there = subprocess.run(
-        [engine, "image", "inspect", AUTO], capture_output=True, check=False,
-        stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    if there.returncode != 0:
+    auto = image == "auto"
+    name = AUTO if auto else image
+    there = _ask(engine, "image", "inspect", name).returncode == 0
+    program = Path(engine).name
+    require(
+        there or auto,
+        f"no image {image} in {program}: build it first, or {program} pull {image}. "
+        "--container auto builds one",
+    )
+    if not there:
         require(
             (PACKAGE / "pyproject.toml").exists(),
             "--container auto builds its image from a checkout of the course; this is an installed "
@@ -490,4 +508,4 @@ def auto_image(engine: str) -> str:
         built = subprocess.run(command, input=DOCKERFILE, text=True, check=False)
         if built.returncode != 0:
             raise LabError(f"{' '.join(command)} failed; its messages are above")
-    return AUTO
+    return name
