@@ -89,17 +89,12 @@ def test_without_passwords_the_hub_says_what_is_missing_and_does_not_start(short
 
 
 def steps() -> list[tuple[str, str]]:
-    """(instruction, argument) of the Dockerfile, lines joined, a here-document's text added."""
+    """(instruction, argument) of the Dockerfile, lines joined."""
     lines = iter(line for line in DOCKERFILE.split("\n") if not re.match(r"\s*#(?!!)", line))
     found = []
     for line in lines:
         while line.endswith("\\"):
             line = line[:-1] + next(lines)
-        if here := re.search(r"<<'(\w+)'", line):
-            text = []
-            while (inside := next(lines)) != here[1]:
-                text.append(inside)
-            line = line.replace(here[0], "") + "\n" + "\n".join(text) + "\n"
         if line.strip():
             instruction, _, argument = line.partition(" ")
             found.append((instruction, argument.strip(" ")))
@@ -155,23 +150,25 @@ def test_the_build_context_is_a_bundle_and_has_what_is_copied():
     from llmopt_lab.workshop.release import bundled
 
     there = {str(path.relative_to(ROOT)) for path in bundled(ROOT)}
-    copied = [a for n, a in steps() if n == "COPY" and "\n" not in a]
+    copied = [a for n, a in steps() if n == "COPY"]
     assert copied[0].split()[:2] == ["pyproject.toml", "constraints.txt"]
     assert set(copied[0].split()[:2]) <= there and copied[1] == ". /opt/course/"
 
 
 def test_a_new_home_gets_the_notebooks_and_an_old_one_keeps_its_own(tmp_path):
-    script = next(a for n, a in steps() if n == "COPY" and "#!/bin/sh" in a).partition("\n")[2]
+    start = tmp_path / "start"
+    write = next(a for n, a in steps() if n == "RUN" and "#!/bin/sh" in a)
+    write = write.replace("/usr/local/bin/start-learner", str(start))
+    write = write.replace("/opt/course", str(tmp_path / "course"))
+    subprocess.run(["sh", "-c", write], check=True)
     course, home = tmp_path / "course", tmp_path / "home"
     for folder in ("notebooks", "exercises"):
         (course / folder).mkdir(parents=True)
         (course / folder / "1.ipynb").write_text("new")
     (home / "exercises").mkdir(parents=True)
     (home / "exercises/1.ipynb").write_text("my work")
-    start = tmp_path / "start"
-    start.write_text(script.replace("/opt/course", str(course)))
     done = subprocess.run(
-        ["sh", str(start), "echo", "started", "with it"],
+        [str(start), "echo", "started", "with it"],
         env=os.environ | {"HOME": str(home)},
         capture_output=True,
         text=True,
