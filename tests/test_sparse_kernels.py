@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 import aot
+from saved import gradients_of_saved
 
 from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.errors import BadInput
@@ -100,24 +101,6 @@ def lse_oracle(q, k, mask):
     keys = k.double().repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = q.double() @ keys.mT * q.shape[3] ** -0.5
     return scores.masked_fill(~mask, -torch.inf).logsumexp(-1)
-
-
-def gradients_of_saved(q, k, v, out, d_out, mask):
-    """d_q, d_k and d_v in float64 by the formulas of the paper, from an `out` that was rounded.
-
-    d_k of a key that all queries see, as one of longformer's, sums what the rounding of `out`
-    brings into all their deltas. Every attention that saves `out` has that, so the oracle has it.
-    """
-    group = q.shape[1] // k.shape[1]
-    keys, values = (x.double().repeat_interleave(group, 1) for x in (k, v))
-    q, out, d_out = q.double(), out.double(), d_out.double()
-    scale = q.shape[3] ** -0.5
-    scores = (scale * q @ keys.mT).masked_fill(~mask, -torch.inf)
-    p = scores.softmax(-1).nan_to_num()  # a query that sees no key
-    delta = (out * d_out).sum(-1, keepdim=True)
-    d_s = scale * p * (d_out @ values.mT - delta)
-    per_head = (d_s.mT @ q, p.mT @ d_out)
-    return d_s @ keys, *(x.unflatten(1, (k.shape[1], group)).sum(2) for x in per_head)
 
 
 def check_forward_and_backward(q, k, v, pattern, *, mask=None, lists=None, what=""):
