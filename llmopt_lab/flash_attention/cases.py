@@ -1,6 +1,5 @@
 """Inputs shared by tests, benchmarks and the notebook, and the oracle they are held to."""
 
-import os
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from llmopt_lab.core.bench import Case
+from llmopt_lab.core.cost import allocated_peak
 from llmopt_lab.core.errors import require
 from llmopt_lab.flash_attention.io_model import Sizes
 from llmopt_lab.flash_attention.key_outer import key_outer_attention
@@ -157,22 +157,17 @@ class Cost(NamedTuple):
 
 
 def cost_of(call: Callable[[], object]) -> Cost:
-    """Run `call` once, on tensors of the CPU, and measure it by torch's own allocator.
+    """Run `call` once, on tensors of the CPU, and measure it by torch's own allocator."""
+    seconds = []
 
-    Its log is on meanwhile, which adds about a microsecond an operation.
-    """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler tells stderr when it begins
-    with torch.autograd.profiler.profile(use_kineto=False, profile_memory=True) as log:
+    def timed() -> None:
         begin = time.perf_counter()
         result = call()
-        seconds = time.perf_counter() - begin
-        del result
-    events = [event for event in log.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return Cost(seconds, peak)
+        seconds.append(time.perf_counter() - begin)
+        del result  # its release is not part of the time
+
+    peak = allocated_peak(timed)
+    return Cost(seconds[0], peak)
 
 
 def attention_oracle(

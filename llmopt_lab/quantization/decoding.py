@@ -10,17 +10,15 @@ run on the kernels and beside them without; on a CPU they are float32 and there 
 import argparse
 import gc
 import json
-import os
 import platform
 import time
-from collections.abc import Callable
-from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llmopt_lab.core.bench import time_calls
+from llmopt_lab.core.cost import allocated_peak
 from llmopt_lab.core.device import hardware_facts, pick_device, software_facts
 from llmopt_lab.core.errors import Missing, require
 from llmopt_lab.nn.config import ModelConfig
@@ -142,20 +140,6 @@ def speed_and_memory(model: Transformer, *, n_new: int) -> dict:
         peak = held + allocated_peak(lambda: generate(model, prompt, 2))
         speed = tokens_per_second(model, n_new=n_new)
     return {"tokens_per_second": round(speed, 2), "model_bytes": held, "peak_bytes": peak} | extra
-
-
-def allocated_peak(run: Callable[[], object]) -> int:
-    """Most bytes that torch's CPU allocator had given out at once, of those given out in `run`.
-
-    The process's own peak would be no measure of a small model: pages of libraries and gaps
-    between freed tensors are tens of megabytes, and others each time.
-    """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler tells stderr when it begins
-    with torch.autograd.profiler.profile(use_kineto=False, profile_memory=True) as log:
-        run()
-    events = [event for event in log.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(accumulate(event.nbytes() for event in events), default=0)
 
 
 def _model(name: str, device: torch.device) -> tuple[Transformer, bool]:
