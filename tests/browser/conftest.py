@@ -144,13 +144,17 @@ class Lab:
         self.page.get_by_text(re.compile(r"\| Idle$")).wait_for(timeout=60_000)
 
     def save(self) -> nbformat.NotebookNode:
-        """Save as a user does, and read what is on disk then."""
-        before = self.path.stat().st_mtime_ns
-        self._menu("File", "Save Notebook")
-        deadline = time.monotonic() + 20
-        while self.path.stat().st_mtime_ns == before:
-            assert time.monotonic() < deadline, "the notebook was not saved"
-            time.sleep(0.05)
+        """Save as a user does, and read what is on disk then.
+
+        The server answers once the file is whole; the file changes before that.
+        """
+
+        def is_of_this_save(response) -> bool:
+            return response.request.method == "PUT" and "/api/contents/" in response.url
+
+        with self.page.expect_response(is_of_this_save) as response:
+            self._menu("File", "Save Notebook")
+        assert response.value.ok, f"the notebook was not saved: {response.value.status}"
         return nbformat.read(self.path, as_version=4)
 
     def set_theme(self, name: str) -> None:
