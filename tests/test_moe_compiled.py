@@ -6,10 +6,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from llmopt_lab.moe import hopper
-from llmopt_lab.moe.kernels import Sizes, rows_for, tiles_for
+from llmopt_lab.moe import few_token_kernels, hopper, kernels, route_kernels
+from llmopt_lab.moe.tiles import Sizes, rows_for, tiles_for
 
-MODULE = "llmopt_lab.moe.kernels"
 CAPABILITIES = {
     "sm_75": (7, 5), "sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0), "sm_100": (10, 0),
     "gfx942": None,
@@ -18,16 +17,29 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 GROUPS = dict.fromkeys(
     ("visits_ptr", "starts_ptr", "tile_expert_ptr", "tile_first_ptr", "n_used_ptr"), "*i32"
 )
-COUNTS = dict.fromkeys(("n_row_tiles", "n_visits", "n_tokens", "n_token_tiles", "n_parts"), "i32")
+COUNTS = dict.fromkeys(
+    ("n_row_tiles", "n_visits", "n_tokens", "n_token_tiles", "n_parts",
+     "n_arrived"), "i32"
+)  # fmt: skip
 PREFILL, DECODE = Sizes(4096, 4096, 8, 14336, 2), Sizes(8, 2048, 128, 768, 8)
+FEW = DECODE._replace(n_tokens=4)
 
 
-def spec(target: str, dtype: str, kernel: str, sizes: Sizes, transposed: bool = False) -> dict:
+def spec(
+    target: str,
+    dtype: str,
+    kernel: str,
+    sizes: Sizes,
+    *,
+    transposed: bool = False,
+    module=kernels,
+) -> dict:
     """One kernel as its launcher calls it on that GPU."""
     capability = CAPABILITIES[target]
-    tiles = tiles_for(kernel, sizes, DTYPES[dtype], capability)
+    by_table = "route" if module is route_kernels else kernel
+    tiles = tiles_for(by_table, sizes, DTYPES[dtype], capability)
     hopper_on = capability is not None and capability >= (9, 0)
-    few = sizes.n_tokens <= tiles.rows if kernel == "route" else sizes.n_tokens <= 64
+    few = sizes.n_tokens <= tiles.rows if by_table == "route" else sizes.n_tokens <= 64
     n, d, n_experts, d_ff, k = sizes
     tma = tiles.tma and kernel in ("gate_up", "project", "hidden_gradient")
 
@@ -40,14 +52,18 @@ def spec(target: str, dtype: str, kernel: str, sizes: Sizes, transposed: bool = 
     signature = {
         "w": tensor(1, cols, step) if turned else tensor(1, step, cols),
         "rows": tensor(rows, step),
-        "parts_ptr": "*fp32" if few or kernel == "route" else f"*{dtype}",
+        "parts_ptr": "*fp32" if few or by_table == "route" else f"*{dtype}",
     }
     signature |= dict.fromkeys(
-        ("x_ptr", "router_ptr", "hidden_ptr", "gate_up_ptr", "d_out_ptr", "d_gate_up_ptr",
-         "weighted_ptr", "a_ptr", "b_ptr", "d_w_ptr"), f"*{dtype}"
+        ("x_ptr", "out_ptr", "router_ptr", "hidden_ptr", "gate_up_ptr", "d_out_ptr",
+         "d_gate_up_ptr", "weighted_ptr", "a_ptr", "b_ptr", "d_w_ptr"), f"*{dtype}"
     )  # fmt: skip
-    signature |= dict.fromkeys(("weights_ptr", "probabilities_ptr", "d_weights_ptr"), "*fp32")
-    signature |= dict.fromkeys(("experts_ptr", "rank_ptr", "tile_counts_ptr"), "*i32")
+    signature |= dict.fromkeys(
+        ("weights_ptr", "probabilities_ptr", "d_weights_ptr", "logits_ptr"), "*fp32"
+    )
+    signature |= dict.fromkeys(
+        ("experts_ptr", "rank_ptr", "tile_counts_ptr", "arrived_ptr"), "*i32"
+    )
     constexprs = {
         "D": d, "N_EXPERTS": n_experts, "E": e, "K": k, "K_PADDED": 1 << (k - 1).bit_length(),
         "D_FF": d_ff, "SAVE": True, "SOLO": few, "N_PARTS": 16 if few else 0,
@@ -56,31 +72,35 @@ def spec(target: str, dtype: str, kernel: str, sizes: Sizes, transposed: bool = 
         "N_IN": 2 * d_ff if transposed else d_ff, "N_OUT": d, "TRANSPOSED": transposed,
         "WEIGHTED": not transposed, "SPLITS": 2 if few and not transposed else 1,
         "M": d, "N": 2 * d_ff, "GATHER_A": True, "PDL": hopper_on,
+        "LENGTH": 128, "LOGIT_ROWS": 16, "TOKENS": 4, "ARRIVED": 64,
         "PRECISION": "tf32x3" if dtype == "fp32" and hopper_on else "ieee",
     }  # fmt: skip
     return {
-        "kernel": f"{MODULE}:_{kernel}_kernel",
+        "kernel": f"{module.__name__}:_{kernel}_kernel",
         "target": target,
-        "signature": _named(kernel, signature | GROUPS | COUNTS),
-        "constexprs": _named(kernel, constexprs),
+        "signature": _named(module, kernel, signature | GROUPS | COUNTS),
+        "constexprs": _named(module, kernel, constexprs),
         "options": {"num_warps": tiles.n_warps},
     }
 
 
-def _named(kernel: str, values: dict) -> dict:
+def _named(module, kernel: str, values: dict) -> dict:
     """Those that the kernel has."""
-    from llmopt_lab.moe import kernels
-
-    names = getattr(kernels, f"_{kernel}_kernel").arg_names
+    names = getattr(module, f"_{kernel}_kernel").arg_names
     return {name: value for name, value in values.items() if name in names}
 
 
 def specs_of(target: str) -> list[dict]:
     """Forward and backward for few tokens in fp16; on Hopper also for many, in bf16 and fp32."""
-    names = ("route", "gate_up", "project", "hidden_gradient", "weight_gradient")
+    names = ("gate_up", "project", "hidden_gradient", "weight_gradient")
     specs = [spec(target, "fp16", name, DECODE) for name in names]
+    for name in ("logits", "route"):
+        specs.append(spec(target, "fp16", name, DECODE, module=route_kernels))
+    for name in ("gate_up", "project"):
+        specs.append(spec(target, "fp16", name, FEW, module=few_token_kernels))
     if target == "sm_90":
         specs += [spec(target, "bf16", name, PREFILL) for name in names]
+        specs += [spec(target, "bf16", "route", PREFILL, module=route_kernels)]
         specs += [spec(target, "bf16", "project", PREFILL, transposed=True)]
         specs += [spec(target, "fp32", name, PREFILL) for name in ("gate_up", "hidden_gradient")]
     return specs

@@ -15,9 +15,11 @@ pytest.importorskip("triton")
 from llmopt_lab.core.bench import load_results
 from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.errors import BadInput
-from llmopt_lab.moe import kernels
+from llmopt_lab.moe import few_token_kernels, kernels, route_kernels, tiles
 from llmopt_lab.moe.cases import CASES
-from llmopt_lab.moe.kernels import Sizes, Tiles, moe_layer_triton
+from llmopt_lab.moe.kernels import moe_layer_triton
+from llmopt_lab.moe.route_kernels import route
+from llmopt_lab.moe.tiles import Sizes, Tiles
 
 SHAPES = [  # n_tokens, d, n_experts, d_ff, k
     (37, 40, 5, 36, 2),
@@ -111,8 +113,48 @@ def test_results_and_gradients_equal_a_dense_loop_on_random_shapes(
     check_forward_and_backward(*inputs(shape, seed=seed), k=k, what=f"{shape}")
 
 
+ROOMS = (tiles, route_kernels, few_token_kernels, kernels)  # where kernels are launched
+
+
+def patch(monkeypatch, name, value):
+    """In every module of the kernels that has the name."""
+    for room in ROOMS:
+        if hasattr(room, name):
+            monkeypatch.setattr(room, name, value)
+
+
+def check_forward(*args, k, what=""):
+    """Without gradients: for few tokens another path."""
+    args = [x.detach() for x in args]
+    got = moe_layer_triton(*args, k=k)
+    assert_close(got, oracle(*(x.double() for x in args), k), what)
+
+
+FEW_SHAPES = [  # n_tokens, d, n_experts, d_ff, k
+    (1, 48, 4, 50, 2),
+    (2, 33, 9, 17, 4),
+    (3, 40, 5, 36, 2),  # experts that two tokens visit
+    (4, 24, 3, 20, 3),  # every token visits every expert
+    (4, 40, 20, 36, 1),
+    (1, 16, 1, 3, 1),
+    (3, 8, 256, 4, 16),
+]
+
+
+@pytest.mark.parametrize("shape", FEW_SHAPES, ids=str)
+def test_few_tokens_give_what_a_dense_loop_gives(shape):
+    assert few_token_kernels.supports(Sizes(*shape))
+    for seed in range(3):
+        check_forward(*inputs(shape, seed=seed), k=shape[-1], what=f"seed {seed}")
+
+
+def test_results_without_gradients_equal_those_with():
+    for shape in SHAPES:
+        check_forward(*inputs(shape), k=shape[-1], what=f"{shape}")
+
+
 @pytest.mark.parametrize(
-    ("rows", "tiles"),
+    ("rows", "chosen"),
     [
         (16, Tiles(16, 32, 64, 4, 1)),
         (32, Tiles(32, 16, 32, 4, 2)),
@@ -123,25 +165,28 @@ def test_results_and_gradients_equal_a_dense_loop_on_random_shapes(
     ids=str,
 )
 @pytest.mark.parametrize("shape", [(50, 40, 4, 36, 2), (6, 24, 9, 20, 3)], ids=str)
-def test_any_tiles_give_the_same_result(rows, tiles, shape, monkeypatch):
-    monkeypatch.setattr(kernels, "choose_rows", lambda *_: rows)
-    monkeypatch.setattr(kernels, "choose_tiles", lambda *_: tiles)
+def test_any_tiles_give_the_same_result(rows, chosen, shape, monkeypatch):
+    patch(monkeypatch, "choose_rows", lambda *_: rows)
+    patch(monkeypatch, "choose_tiles", lambda *_: chosen)
     check_forward_and_backward(*inputs(shape), k=shape[-1])
+    check_forward(*inputs((3, *shape[1:])), k=shape[-1])
 
 
 @pytest.mark.parametrize("splits", [1, 4])
 def test_a_sum_in_parts_gives_the_same_result(splits, monkeypatch):
-    monkeypatch.setattr(kernels, "_splits", lambda *_: splits)
+    patch(monkeypatch, "splits_for", lambda *_: splits)
     for shape in ((3, 24, 9, 70, 4), (40, 24, 3, 20, 1)):  # the second has parts without a step
         check_forward_and_backward(*inputs(shape), k=shape[-1])
+        check_forward(*inputs(shape), k=shape[-1])
 
 
-@pytest.mark.parametrize("n_tokens", [6, 50])
+@pytest.mark.parametrize("n_tokens", [4, 50])
 def test_all_tokens_may_visit_the_same_experts(n_tokens):
     x, router, w_gate_up, w_down = inputs((n_tokens, 24, 7, 20, 2))
     with torch.no_grad():
         x[:, 0] = 1.0
         router[0] = torch.tensor([0.0, 0, 21, 0, 0, 20, 0])
+    check_forward(x, router, w_gate_up, w_down, k=2)
     check_forward_and_backward(x, router, w_gate_up, w_down, k=2)
     grads = torch.autograd.grad(moe_layer_triton(x, router, w_gate_up, w_down, k=2).sum(), w_down)
     idle = [e for e in range(7) if e not in (2, 5)]
@@ -153,9 +198,9 @@ def test_of_equal_logits_the_lower_expert_wins(k):
     x, router, w_gate_up, w_down = inputs((20, 24, 6, 20, k), clear=-1.0)
     with torch.no_grad():
         router[:] = router[:, :1]
-    got = moe_layer_triton(x, router, w_gate_up, w_down, k=k)
-    assert_close(got, oracle(*(t.double() for t in (x, router, w_gate_up, w_down)), k))
-    routed = kernels._route(x.detach(), router.detach(), Sizes(20, 24, 6, 20, k), False)
+    check_forward(x, router, w_gate_up, w_down, k=k)
+    check_forward(x[:3], router, w_gate_up, w_down, k=k)
+    routed = route(x.detach(), router.detach(), Sizes(20, 24, 6, 20, k), False)
     assert torch.equal(routed.experts, torch.arange(k, dtype=torch.int32).expand(20, k))
     assert_close(routed.weights, torch.full((20, k), 1 / 6 if k == 1 else 1 / k))
 
@@ -165,7 +210,7 @@ def check_grouping(shape):
     x, router, *_ = (t.detach() for t in inputs(shape))
     n_tokens, _, n_experts, _, k = shape
     sizes = Sizes(*shape)
-    routed = kernels._route(x, router, sizes, False)
+    routed = route(x, router, sizes, False)
     best = (x.double() @ router.double()).sort(dim=-1, descending=True, stable=True).indices
     assert torch.equal(routed.experts.long(), best[:, :k])
     order = routed.experts.flatten().argsort(stable=True)
@@ -173,15 +218,15 @@ def check_grouping(shape):
     counts = torch.stack([(routed.experts == e).sum() for e in range(n_experts)])
     ends = counts.cumsum(0)
     assert torch.equal(routed.starts[1:].long(), ends) and routed.starts[0] == 0
-    rows = kernels.choose_rows(sizes, x.dtype)
+    rows = tiles.choose_rows(sizes, x.dtype)
     want = [
         (e, first)
         for e in range(n_experts)
         for first in range(int(ends[e] - counts[e]), int(ends[e]), rows)
     ]
     n_used = int(routed.n_used)
-    tiles = zip(routed.tile_expert.tolist(), routed.tile_first.tolist(), strict=True)
-    assert list(tiles)[:n_used] == want
+    got = zip(routed.tile_expert.tolist(), routed.tile_first.tolist(), strict=True)
+    assert list(got)[:n_used] == want
     assert n_used <= len(routed.tile_expert)
 
 
@@ -195,7 +240,7 @@ def test_visits_are_sorted_by_expert_and_then_by_token(shape):
 
 
 def test_the_scan_takes_more_token_tiles_than_it_reads_at_a_time(monkeypatch):
-    monkeypatch.setattr(kernels, "SCAN", 32)
+    monkeypatch.setattr(route_kernels, "SCAN", 32)
     check_grouping((100, 8, 5, 4, 2))
 
 
@@ -215,13 +260,17 @@ def test_a_nan_stays_with_its_token():
     others = [t for t in range(20) if t != 3]
     assert got[3].isnan().all()
     assert_close(got[others], want[others])
+    got = moe_layer_triton(x[1:5], router, w_gate_up, w_down, k=2)
+    assert got[2].isnan().all()
+    assert_close(got[[0, 1, 3]], want[[1, 2, 4]])
 
 
 def test_two_runs_give_the_same_bits():
     def run():
         args = inputs(SHAPES[0])
         out = moe_layer_triton(*args, k=2)
-        return out, *torch.autograd.grad(out.square().sum(), args)
+        few = moe_layer_triton(args[0][:3].detach(), *(w.detach() for w in args[1:]), k=2)
+        return few, out, *torch.autograd.grad(out.square().sum(), args)
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
@@ -278,9 +327,10 @@ def without_running(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **kwargs: None
 
-    for name in dir(kernels):
-        if name.endswith("_kernel"):
-            monkeypatch.setattr(kernels, name, Launch())
+    for room in ROOMS:
+        for name in dir(room):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(room, name, Launch())
 
 
 @pytest.mark.parametrize("n_tokens", [3, 50])
@@ -293,6 +343,7 @@ def test_the_host_asks_the_device_nothing(n_tokens, monkeypatch):
     without_running(monkeypatch)
     d_out = torch.ones(n_tokens, 24)
     with NoAnswersToTheHost():  # the operators' insides: of an operator the mode sees the outside
+        kernels._layer(*args, 2, False)
         _, gate_up, *routed = kernels._layer(*args, 2, True)
         kernels._layer_backward(d_out, *args, gate_up, routed, 2)
 
@@ -329,6 +380,9 @@ def test_torchs_own_checks_of_the_operators_pass():
     args = inputs(shape)
     torch.library.opcheck(torch.ops.llmopt_lab.moe_layer, (*args, 2, True))
     args = [t.detach() for t in args]
+    for n in (5, 4):
+        few = args[0][:n].clone()
+        torch.library.opcheck(torch.ops.llmopt_lab.moe_layer, (few, *args[1:], 2, False))
     _, gate_up, *routed = kernels._layer(*args, 2, True)
     d_out = torch.ones(5, 8)
     torch.library.opcheck(
@@ -423,6 +477,17 @@ def test_results_and_gradients_equal_a_dense_loop_on_a_gpu_ragged(shape, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [*FEW_SHAPES, (4, 512, 128, 96, 8)], ids=str)
+def test_few_tokens_on_a_gpu_give_what_a_dense_loop_gives_twice_the_same_bits(shape, dtype):
+    args = [x.detach() for x in inputs(shape, dtype=dtype, device="cuda")]
+    check_forward(*args, k=shape[-1])
+    first = moe_layer_triton(*args, k=shape[-1])
+    for _ in range(20):  # whoever is last adds
+        assert torch.equal(moe_layer_triton(*args, k=shape[-1]), first)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("n_tokens", [0, 3, 40, 900])
 def test_empty_and_one_sided_routings_on_a_gpu_ragged(n_tokens):
     """All tokens visit experts 2 and 5; the others get nobody and a zero gradient."""
@@ -431,6 +496,7 @@ def test_empty_and_one_sided_routings_on_a_gpu_ragged(n_tokens):
         args[0][:, 0] = 1.0
         args[1][0] = torch.tensor([0.0, 0, 24, 0, 0, 22, 0])
     check_forward_and_backward(*args, k=2)
+    check_forward(*args, k=2)
     grad = torch.autograd.grad(moe_layer_triton(*args, k=2).sum(), args[3])[0]
     assert not grad[[0, 1, 3, 4, 6]].any()
 
