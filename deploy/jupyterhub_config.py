@@ -43,10 +43,12 @@ c.DockerSpawner.extra_host_config = {"pids_limit": 512, "cap_drop": ["ALL"]}
 c.DockerSpawner.extra_create_kwargs = {"user": "learner"}
 c.Spawner.environment = {"OMP_NUM_THREADS": "2"}  # torch would take every core of the host
 
-# The hub itself. Containers reach it by the name of its own container or host in the network.
+# The hub itself. The proxy runs beside it; containers reach it by its name or address in their
+# network, which podman's hosts have only while a container runs.
 c.JupyterHub.bind_url = os.environ.get("LLMOPT_BIND", "http://127.0.0.1:8000")
 c.JupyterHub.hub_ip = "0.0.0.0"
-c.JupyterHub.hub_connect_ip = os.environ.get("LLMOPT_HUB_NAME", "jupyterhub")
+c.JupyterHub.hub_connect_ip = "127.0.0.1"
+c.Spawner.hub_connect_url = f"http://{os.environ.get('LLMOPT_HUB_NAME', 'jupyterhub')}:8081"
 c.JupyterHub.active_server_limit = 40
 c.JupyterHub.cookie_secret_file = os.environ.get("LLMOPT_COOKIES", "jupyterhub_cookie_secret")
 c.JupyterHub.db_url = os.environ.get("LLMOPT_DB", "sqlite:///jupyterhub.sqlite")

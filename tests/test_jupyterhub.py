@@ -9,6 +9,7 @@ import sys
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
@@ -73,6 +74,20 @@ def test_each_learner_gets_limits_a_home_of_their_own_and_no_rights_on_the_host(
     assert settings.extra_create_kwargs["user"] == "learner"
     limits = hub.config.Spawner
     assert limits.mem_limit and limits.cpu_limit and settings.extra_host_config["pids_limit"]
+
+
+def test_passwords_stay_on_the_hubs_host_and_containers_ask_it_by_the_name_they_know(
+    hub, monkeypatch
+):
+    # podman makes the network's address on the host with the first container: until then the
+    # proxy's way to the hub, passwords and all, led out of the machine
+    monkeypatch.setenv("LLMOPT_HUB_NAME", "10.89.0.1")
+    hub.load_config_file("jupyterhub_config", path=str(ROOT / "deploy"))
+    hub.init_hub()
+    assert hub.hub.url == "http://127.0.0.1:8081/hub/"
+    ann = SimpleNamespace(name="ann", admin=False, url="/user/ann/")
+    told = hub.spawner_class(config=hub.config, hub=hub.hub, user=ann).get_env()
+    assert told["JUPYTERHUB_API_URL"] == "http://10.89.0.1:8081/hub/api"
 
 
 @pytest.mark.parametrize("short", PASSWORDS)
