@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -315,13 +316,17 @@ def test_an_image_that_is_not_there_is_refused_before_any_work(tmp_path):
         sandbox.find_image(str(tmp_path / "podman"), "my/lab:1")
 
 
-def test_the_image_is_built_once(tmp_path, monkeypatch):
+def test_the_image_is_built_once_with_the_versions_that_the_course_is_tested_with(tmp_path):
     engine, log = tmp_path / "podman", tmp_path / "log"
     fake_program(
-        engine, f"echo $1 >> {log}\ncat > /dev/null\n[ $1 != image ] || [ -e {log}.built ]"
+        engine, f"echo $1 >> {log}\ncat > {log}.$1\n[ $1 != image ] || [ -e {log}.built ]"
     )
     assert sandbox.find_image(str(engine), "auto") == sandbox.AUTO
     assert log.read_text().split() == ["image", "build"]
+    recipe = Path(f"{log}.build").read_text()
+    assert "constraints.txt" in re.search("^COPY (.*) /course/$", recipe, re.M)[1].split()
+    (install,) = re.findall("pip install (.*)", recipe)
+    assert "-c /course/constraints.txt" in install
     Path(f"{log}.built").touch()
     sandbox.find_image(str(engine), "auto")
     assert log.read_text().split() == ["image", "build", "image"]

@@ -474,9 +474,10 @@ def _greet(box: Box, what: str) -> list[str]:
 
 DOCKERFILE = """\
 FROM python:3.12-slim
-COPY pyproject.toml README.md LICENSE /course/
+COPY pyproject.toml constraints.txt README.md LICENSE /course/
 COPY llmopt_lab /course/llmopt_lab
-RUN pip install --no-cache-dir "/course[lab]" && pip uninstall -y llmopt_lab
+RUN pip install --no-cache-dir -c /course/constraints.txt "/course[lab]" \\
+    && pip uninstall -y llmopt_lab
 """
 AUTO = "llmopt-lab-grade"
 
