@@ -12,8 +12,6 @@ import json
 import os
 import re
 import shutil
-import socket
-import subprocess
 import sys
 import time
 import urllib.request
@@ -22,6 +20,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from serving import free_port, serving
 
 from llmopt_lab.core.device import version_of
 
@@ -75,10 +74,7 @@ def lab_server(tmp_path_factory):
     (home / "config/labconfig").mkdir(parents=True)
     no_news = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}
     (home / "config/labconfig/page_config.json").write_text(json.dumps(no_news))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    token = "browser-tests"
+    port, token = free_port(), "browser-tests"
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", f"--port={port}"]
     command += ["--port-retries=0", f"--IdentityProvider.token={token}"]
     command += [f"--ServerApp.root_dir={root}"]
@@ -94,28 +90,10 @@ def lab_server(tmp_path_factory):
         "PYTHONWARNINGS": "ignore",
     }
     environment = os.environ | {name: str(value) for name, value in private.items()}
-    log = home / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
     server = Server(f"http://127.0.0.1:{port}", token, root, home / "settings")
-    try:
-        _wait_until_it_answers(server, process, log)
+    status = f"{server.url}/api/status?token={token}"
+    with serving(command, status, home / "log", env=environment):
         yield server
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def _wait_until_it_answers(server: Server, process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 90
-    while True:
-        try:
-            server.ask("api/status")
-            return
-        except OSError:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"JupyterLab did not start:\n{log.read_text()}") from None
-            time.sleep(0.1)
 
 
 @dataclass

@@ -5,15 +5,12 @@ from .venv-colab). Shortcuts of the page (b: a new cell below) must not hear a w
 """
 
 import os
-import socket
-import subprocess
-import time
-import urllib.request
 from pathlib import Path
 
 import nbformat
 import pytest
 from playwright.sync_api import expect
+from serving import free_port, serving
 
 ROOT = Path(__file__).parents[2]
 BIN = ROOT / ".venv-colab" / "bin"
@@ -66,9 +63,7 @@ def classic(tmp_path, chromium):
     cells = [nbformat.v4.new_code_cell(source.strip()) for source in CELLS]
     notebook = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel})
     nbformat.write(notebook, tmp_path / "widgets.ipynb")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     private = {
         name: str(tmp_path / name)
         for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")
@@ -78,30 +73,18 @@ def classic(tmp_path, chromium):
     environment |= private | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [BIN / "python", "-m", "notebook", "--no-browser", f"--port={port}", "--allow-root"]
     command += [f"--NotebookApp.token={'t' * 8}", f"--notebook-dir={tmp_path}"]
-    log = tmp_path / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
     address = f"http://127.0.0.1:{port}"
-    context = chromium.new_context(viewport={"width": 1280, "height": 1400})
-    try:
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                urllib.request.urlopen(f"{address}/api/status?token={'t' * 8}", timeout=5).close()
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-                time.sleep(0.2)
+    status = f"{address}/api/status?token={'t' * 8}"
+    with (
+        serving(command, status, tmp_path / "log", env=environment),
+        chromium.new_context(viewport={"width": 1280, "height": 1400}) as context,
+    ):
         page = context.new_page()
         page.errors = []
         page.on("pageerror", lambda error: page.errors.append(str(error)))
         page.goto(f"{address}/notebooks/widgets.ipynb?token={'t' * 8}")
         page.wait_for_selector("#kernel_indicator_icon.kernel_idle_icon", timeout=60_000)
         yield page
-    finally:
-        context.close()
-        process.terminate()
-        process.wait(30)
 
 
 def test_every_widget_is_drawn_and_answers_keys_on_colabs_versions(classic):

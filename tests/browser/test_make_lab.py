@@ -3,15 +3,11 @@
 import os
 import re
 import shutil
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
+from serving import free_port, serving
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "browser-tests"
@@ -27,43 +23,21 @@ def lab_address(tmp_path):
     (tmp_path / "notebooks").mkdir()
     shutil.copy(ROOT / "notebooks" / "0_start_here.ipynb", tmp_path / "notebooks")
     (tmp_path / ".venv").symlink_to(sys.prefix)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     arguments = f"--no-browser --port={port} --port-retries=0 --IdentityProvider.token={TOKEN}"
     private = {name: str(tmp_path / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "IPYTHONDIR")}
     private |= {
         n: str(tmp_path / n) for n in ("JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")
     }
-    log = tmp_path / "log"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            ["make", "-o", ".venv/ready", "lab", f"ARGS={arguments}"],
-            cwd=tmp_path,
-            env=os.environ | private,
-            stdout=out,
-            stderr=out,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
     address = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 90
-        while not answers(f"{address}/api/status?token={TOKEN}"):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.2)
+    with serving(
+        ["make", "-o", ".venv/ready", "lab", f"ARGS={arguments}"],
+        f"{address}/api/status?token={TOKEN}",
+        tmp_path / "log",
+        cwd=tmp_path,
+        env=os.environ | private,
+    ):
         yield address
-    finally:
-        os.killpg(process.pid, 15)  # make and the server it started
-        process.wait(30)
-
-
-def answers(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(address, timeout=5) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return False
 
 
 def test_make_lab_opens_the_start_notebook_which_runs_and_moves(lab_address, chromium, tmp_path):
