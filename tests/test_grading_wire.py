@@ -318,9 +318,7 @@ def test_an_image_that_is_not_there_is_refused_before_any_work(tmp_path):
 
 def test_the_image_is_built_once_with_the_versions_that_the_course_is_tested_with(tmp_path):
     engine, log = tmp_path / "podman", tmp_path / "log"
-    fake_program(
-        engine, f"echo $1 >> {log}\ncat > {log}.$1\n[ $1 != image ] || [ -e {log}.built ]"
-    )
+    fake_program(engine, f"echo $1 >> {log}\ncat > {log}.$1\n[ $1 != image ] || [ -e {log}.built ]")
     assert sandbox.find_image(str(engine), "auto") == sandbox.AUTO
     assert log.read_text().split() == ["image", "build"]
     recipe = Path(f"{log}.build").read_text()
