@@ -7,40 +7,34 @@ dV), one owns a tile of queries and walks the keys (dQ). Every sum has one owner
 there are no atomics and two runs give the same bits.
 """
 
-import inspect
-import math
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from llmopt_lab.core.device import gpu_facts, interpreting, pick_device, prepare_triton
-from llmopt_lab.core.errors import require
+from llmopt_lab.core.attention_kernels import (
+    LOG2_E,
+    Tiles,
+    check_qkv,
+    empty_like,
+    is_walkable,
+    jit,
+    load_rows,
+    options_of,
+    owned,
+    padded,
+    precision_of,
+    rows_of,
+    scale_of,
+    store_rows,
+    strides_of,
+    tiles_from,
+)
+from llmopt_lab.core.device import gpu_facts, prepare_triton
 from llmopt_lab.core.memory import ceil_div
 from llmopt_lab.flash_attention import hopper
 
 prepare_triton()
 
-import triton
 import triton.language as tl
-
-LOG2_E = tl.constexpr(1.4426950408889634)   # exp(x) == exp2(x * LOG2_E), exp2 is one instruction
-MIN_D = 16                                  # tl.dot wants at least 16 columns
-MAX_D = 256
-MAX_ROW_STRIDE = 1 << 24                    # elements
-
-
-def jit(fn):
-    """triton.jit of the function itself, which a test's type checker may have wrapped."""
-    return triton.jit(inspect.unwrap(fn))
-
-
-@jit
-def _owned(n_tiles, n_heads):
-    """(tile, head, batch) of this program: the tiles of one head start one after the other."""
-    pid = tl.program_id(0)
-    rest = pid // n_tiles
-    return pid % n_tiles, rest % n_heads, (rest // n_heads).to(tl.int64)
 
 
 @jit
@@ -63,60 +57,6 @@ def _key_range(first_q, n_q, n_k, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, CA
 
 
 @jit
-def _rows_of(
-    x_ptr, n_heads, n_rows, x_head, x_row,
-    ROWS: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
-):
-    """Where `_load_rows` finds (n_heads, n_rows, D_HEAD): a pointer, or a TMA descriptor of it."""
-    if TMA:
-        rows = tl.make_tensor_descriptor(
-            x_ptr, [n_heads, n_rows, D_HEAD], [x_head, x_row, 1], [1, ROWS, D]
-        )
-    else:
-        rows = x_ptr
-    return rows
-
-
-@jit
-def _load_rows(
-    rows, head, first, n_rows, x_head, x_row,
-    ROWS: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
-    CHECKED: tl.constexpr,          # whether the tile may end past n_rows
-):
-    """Rows [first, first + ROWS) of one head, (ROWS, D): 0 past n_rows and past D_HEAD."""
-    if TMA:
-        x = rows.load([head, first, 0]).reshape(ROWS, D)
-    else:
-        row = tl.arange(0, ROWS)                                        # (ROWS,)
-        d = tl.arange(0, D)                                             # (D,)
-        start = rows + tl.cast(head, tl.int64) * x_head + tl.cast(first, tl.int64) * x_row
-        at = start + row[:, None] * x_row + d[None, :]                  # (ROWS, D)
-        if CHECKED:
-            ok = (first + row < n_rows)[:, None]
-            if D_HEAD < D:
-                ok = ok & (d < D_HEAD)[None, :]
-            x = tl.load(at, ok, other=0.0)
-        elif D_HEAD < D:
-            x = tl.load(at, (d < D_HEAD)[None, :], other=0.0)
-        else:
-            x = tl.load(at)
-    return x
-
-
-@jit
-def _store_rows(
-    x_ptr, x, head, first, n_rows, x_head, x_row,
-    ROWS: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
-):
-    row = tl.arange(0, ROWS)                                            # (ROWS,)
-    d = tl.arange(0, D)                                                 # (D,)
-    start = x_ptr + tl.cast(head, tl.int64) * x_head + tl.cast(first, tl.int64) * x_row
-    at = start + row[:, None] * x_row + d[None, :]                      # (ROWS, D)
-    ok = (first + row < n_rows)[:, None] & (d < D_HEAD)[None, :]
-    tl.store(at, x.to(x_ptr.dtype.element_ty), ok)
-
-
-@jit
 def _absorb(
     m, total, acc,                  # (TILE_Q,), (TILE_Q,), (TILE_Q, D): the softmax so far
     q, row_end,                     # (TILE_Q, D), (TILE_Q,)
@@ -128,10 +68,10 @@ def _absorb(
 ):
     """Fold the keys [begin, end) into the running softmax, TILE_K at a time."""
     for first in tl.range(begin, end, TILE_K, num_stages=STAGES):
-        k = _load_rows(
+        k = load_rows(
             k_rows, kv_head, first, n_k, k_head, k_row, TILE_K, D_HEAD, D, TMA, CHECKED=MASKED
         )
-        v = _load_rows(
+        v = load_rows(
             v_rows, kv_head, first, n_k, v_head, v_row, TILE_K, D_HEAD, D, TMA, CHECKED=MASKED
         )
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)      # (TILE_Q, TILE_K)
@@ -167,16 +107,16 @@ def _forward_kernel(
     TMA: tl.constexpr,
 ):
     """One program: TILE_Q queries of one head against all the keys they see."""
-    tile, head, batch = _owned(tl.cdiv(n_q, TILE_Q), n_heads)
+    tile, head, batch = owned(tl.cdiv(n_q, TILE_Q), n_heads)
     kv_head = head // group
     # the last tile first: under a causal mask it has most work
     first_q = (tl.cdiv(n_q, TILE_Q) - 1 - tile) * TILE_Q
     scale_log2 = scale * LOG2_E
     k_at, v_at = k_ptr + batch * k_batch, v_ptr + batch * v_batch
-    k_rows = _rows_of(k_at, n_heads // group, n_k, k_head, k_row, TILE_K, D_HEAD, D, TMA)
-    v_rows = _rows_of(v_at, n_heads // group, n_k, v_head, v_row, TILE_K, D_HEAD, D, TMA)
+    k_rows = rows_of(k_at, n_heads // group, n_k, k_head, k_row, TILE_K, D_HEAD, D, TMA)
+    v_rows = rows_of(v_at, n_heads // group, n_k, v_head, v_row, TILE_K, D_HEAD, D, TMA)
     q_at = q_ptr + batch * q_batch
-    q = _load_rows(
+    q = load_rows(
         q_at, head, first_q, n_q, q_head, q_row, TILE_Q, D_HEAD, D, False, CHECKED=True
     )
 
@@ -201,7 +141,7 @@ def _forward_kernel(
     total = tl.where(total == 0, 1.0, total)    # a row that saw no key: out 0, lse -inf (from m)
     out_at = out_ptr + batch * out_batch
     acc = acc / total[:, None]
-    _store_rows(out_at, acc, head, first_q, n_q, out_head, out_row, TILE_Q, D_HEAD, D)
+    store_rows(out_at, acc, head, first_q, n_q, out_head, out_row, TILE_Q, D_HEAD, D)
     lse = (m + tl.log2(total)) / LOG2_E                                 # (TILE_Q,)
     tl.store(lse_ptr + (batch * n_heads + head) * n_q + row, lse, row < n_q)
 
@@ -215,14 +155,14 @@ def _backward_delta_kernel(
     D_HEAD: tl.constexpr, D: tl.constexpr, TILE_Q: tl.constexpr,
 ):
     """One program: delta = rowsum(d_out * out) - d_lse of TILE_Q rows; dS is P * (dP - delta)."""
-    tile, head, batch = _owned(tl.cdiv(n_q, TILE_Q), n_heads)
+    tile, head, batch = owned(tl.cdiv(n_q, TILE_Q), n_heads)
     first = tile * TILE_Q
     row = first + tl.arange(0, TILE_Q)                                  # (TILE_Q,)
-    out = _load_rows(
+    out = load_rows(
         out_ptr + batch * out_batch, head, first, n_q, out_head, out_row,
         TILE_Q, D_HEAD, D, False, CHECKED=True,
     )
-    d_out = _load_rows(
+    d_out = load_rows(
         d_out_ptr + batch * d_out_batch, head, first, n_q, d_out_head, d_out_row,
         TILE_Q, D_HEAD, D, False, CHECKED=True,
     )
@@ -254,7 +194,7 @@ def _absorb_queries(
         first = begin + step % per_head * TILE_Q
         row = first + tl.arange(0, TILE_Q)                              # (TILE_Q,)
         at = tl.cast(head, tl.int64) * n_q + row                        # (TILE_Q,)
-        q = _load_rows(
+        q = load_rows(
             q_rows, head, first, n_q, q_head, q_row, TILE_Q, D_HEAD, D, TMA, CHECKED=True
         )
         # past the end p must be 0, whatever the keys: exp2(score - inf)
@@ -264,7 +204,7 @@ def _absorb_queries(
         if MASKED:
             token = first_k + tl.arange(0, TILE_K)                      # (TILE_K,)
             p = tl.where(token[:, None] <= row[None, :] + (n_k - n_q), p, 0.0)
-        d_out = _load_rows(
+        d_out = load_rows(
             d_out_rows, head, first, n_q, d_out_head, d_out_row,
             TILE_Q, D_HEAD, D, TMA, CHECKED=True,
         )
@@ -290,21 +230,21 @@ def _backward_keys_kernel(
     TMA: tl.constexpr,
 ):
     """One program: TILE_K keys of one KV head against every query of its group that sees them."""
-    tile, kv_head, batch = _owned(tl.cdiv(n_k, TILE_K), n_kv_heads)
+    tile, kv_head, batch = owned(tl.cdiv(n_k, TILE_K), n_kv_heads)
     first_k = tile * TILE_K     # the first tile first: under a causal mask most queries see it
     scale_log2 = scale * LOG2_E
     n_heads = n_kv_heads * group
-    k = _load_rows(
+    k = load_rows(
         k_ptr + batch * k_batch, kv_head, first_k, n_k, k_head, k_row,
         TILE_K, D_HEAD, D, False, CHECKED=True,
     )
-    v = _load_rows(
+    v = load_rows(
         v_ptr + batch * v_batch, kv_head, first_k, n_k, v_head, v_row,
         TILE_K, D_HEAD, D, False, CHECKED=True,
     )
     q_at, d_out_at = q_ptr + batch * q_batch, d_out_ptr + batch * d_out_batch
-    q_rows = _rows_of(q_at, n_heads, n_q, q_head, q_row, TILE_Q, D_HEAD, D, TMA)
-    d_out_rows = _rows_of(d_out_at, n_heads, n_q, d_out_head, d_out_row, TILE_Q, D_HEAD, D, TMA)
+    q_rows = rows_of(q_at, n_heads, n_q, q_head, q_row, TILE_Q, D_HEAD, D, TMA)
+    d_out_rows = rows_of(d_out_at, n_heads, n_q, d_out_head, d_out_row, TILE_Q, D_HEAD, D, TMA)
     lse_at, delta_at = lse_ptr + batch * n_heads * n_q, delta_ptr + batch * n_heads * n_q
 
     d_k = tl.zeros((TILE_K, D), tl.float32)
@@ -328,8 +268,8 @@ def _backward_keys_kernel(
         False, TILE_Q, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
     )
     d_k_at, d_v_at = d_k_ptr + batch * d_k_batch, d_v_ptr + batch * d_v_batch
-    _store_rows(d_k_at, d_k * scale, kv_head, first_k, n_k, d_k_head, d_k_row, TILE_K, D_HEAD, D)
-    _store_rows(d_v_at, d_v, kv_head, first_k, n_k, d_v_head, d_v_row, TILE_K, D_HEAD, D)
+    store_rows(d_k_at, d_k * scale, kv_head, first_k, n_k, d_k_head, d_k_row, TILE_K, D_HEAD, D)
+    store_rows(d_v_at, d_v, kv_head, first_k, n_k, d_v_head, d_v_row, TILE_K, D_HEAD, D)
 
 
 @jit
@@ -343,10 +283,10 @@ def _absorb_keys(
 ):
     """What the keys [begin, end) send to these queries."""
     for first in tl.range(begin, end, TILE_K, num_stages=STAGES):
-        k = _load_rows(
+        k = load_rows(
             k_rows, kv_head, first, n_k, k_head, k_row, TILE_K, D_HEAD, D, TMA, CHECKED=MASKED
         )
-        v = _load_rows(
+        v = load_rows(
             v_rows, kv_head, first, n_k, v_head, v_row, TILE_K, D_HEAD, D, TMA, CHECKED=MASKED
         )
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)      # (TILE_Q, TILE_K)
@@ -372,20 +312,20 @@ def _backward_queries_kernel(
     TMA: tl.constexpr,
 ):
     """One program: the gradient of TILE_Q queries of one head, over all the keys they see."""
-    tile, head, batch = _owned(tl.cdiv(n_q, TILE_Q), n_heads)
+    tile, head, batch = owned(tl.cdiv(n_q, TILE_Q), n_heads)
     kv_head = head // group
     # the last tile first: under a causal mask it has most work
     first_q = (tl.cdiv(n_q, TILE_Q) - 1 - tile) * TILE_Q
     scale_log2 = scale * LOG2_E
     k_at, v_at = k_ptr + batch * k_batch, v_ptr + batch * v_batch
-    k_rows = _rows_of(k_at, n_heads // group, n_k, k_head, k_row, TILE_K, D_HEAD, D, TMA)
-    v_rows = _rows_of(v_at, n_heads // group, n_k, v_head, v_row, TILE_K, D_HEAD, D, TMA)
+    k_rows = rows_of(k_at, n_heads // group, n_k, k_head, k_row, TILE_K, D_HEAD, D, TMA)
+    v_rows = rows_of(v_at, n_heads // group, n_k, v_head, v_row, TILE_K, D_HEAD, D, TMA)
     q_at = q_ptr + batch * q_batch
-    q = _load_rows(
+    q = load_rows(
         q_at, head, first_q, n_q, q_head, q_row, TILE_Q, D_HEAD, D, False, CHECKED=True
     )
     d_out_at = d_out_ptr + batch * d_out_batch
-    d_out = _load_rows(
+    d_out = load_rows(
         d_out_at, head, first_q, n_q, d_out_head, d_out_row, TILE_Q, D_HEAD, D, False, CHECKED=True
     )
     row = first_q + tl.arange(0, TILE_Q)                                # (TILE_Q,)
@@ -407,7 +347,7 @@ def _backward_queries_kernel(
         True, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
     )
     d_q_at = d_q_ptr + batch * d_q_batch
-    _store_rows(d_q_at, d_q * scale, head, first_q, n_q, d_q_head, d_q_row, TILE_Q, D_HEAD, D)
+    store_rows(d_q_at, d_q * scale, head, first_q, n_q, d_q_head, d_q_row, TILE_Q, D_HEAD, D)
 
 
 def flash_attention_triton(
@@ -453,13 +393,13 @@ def flash_attention_triton(
 def _flash_attention(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, scale)
-    return _forward(q, k, v, causal, _scale_of(q, scale))
+    check_qkv(q, k, v, scale)
+    return _forward(q, k, v, causal, scale_of(q, scale))
 
 
 @_flash_attention.register_fake
 def _(q, k, v, causal, scale):
-    return _empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("llmopt_lab::flash_attention_backward", mutates_args=())
@@ -467,12 +407,12 @@ def _flash_attention_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor,
     causal: bool, scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _backward(q, k, v, out, lse, d_out, d_lse, causal, _scale_of(q, scale))
+    return _backward(q, k, v, out, lse, d_out, d_lse, causal, scale_of(q, scale))
 
 
 @_flash_attention_backward.register_fake
 def _(q, k, v, out, lse, d_out, d_lse, causal, scale):
-    return _empty_like(q), _empty_like(k), _empty_like(v)
+    return empty_like(q), empty_like(k), empty_like(v)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -490,7 +430,7 @@ _flash_attention.register_autograd(_gradients, setup_context=_save)
 
 def _forward(q, k, v, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """out and lse, by the Hopper kernel where it can run."""
-    out = _empty_like(q)
+    out = empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if hopper.supports(q, k, v, out):
         hopper.forward(q, k, v, out, lse, causal=causal, scale=scale)
@@ -500,17 +440,17 @@ def _forward(q, k, v, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def forward_into(
-    out, lse, q, k, v, *, causal: bool, scale: float, tiles: "Tiles | None" = None
+    out, lse, q, k, v, *, causal: bool, scale: float, tiles: Tiles | None = None
 ) -> None:
     """The Triton kernel on any GPU, into given tensors; arguments as `flash_attention_triton`."""
     batch, n_heads, n_q, d_head = q.shape
     n_kv_heads, n_k = k.shape[1:3]
-    d, precision = _padded(d_head), _precision(q.dtype)
+    d, precision = padded(d_head), precision_of(q.dtype)
     sizes = {"CAUSAL": causal, "D_HEAD": d_head, "D": d, "PRECISION": precision}
     tiles = tiles or choose_tiles("forward", d_head, q.dtype)
     _forward_kernel[(ceil_div(n_q, tiles.tile_q) * n_heads * batch,)](
-        q, k, v, out, lse, *_strides(q, k, v, out),
-        n_heads, n_heads // n_kv_heads, n_q, n_k, scale, **sizes, **_options(tiles, k, v),
+        q, k, v, out, lse, *strides_of(q, k, v, out),
+        n_heads, n_heads // n_kv_heads, n_q, n_k, scale, **sizes, **options_of(tiles, k, v),
     )  # fmt: skip
 
 
@@ -518,37 +458,27 @@ def _backward(q, k, v, out, lse, d_out, d_lse, causal: bool, scale: float):
     """d_q, d_k and d_v."""
     batch, n_heads, n_q, d_head = q.shape
     n_kv_heads, n_k = k.shape[1:3]
-    d_out = d_out if _is_walkable(d_out) else d_out.contiguous()    # an expanded scalar, often
-    d_q, d_k, d_v = _empty_like(q), _empty_like(k), _empty_like(v)
+    d_out = d_out if is_walkable(d_out) else d_out.contiguous()    # an expanded scalar, often
+    d_q, d_k, d_v = empty_like(q), empty_like(k), empty_like(v)
     delta = torch.empty_like(lse)
-    d, precision = _padded(d_head), _precision(q.dtype)
+    d, precision = padded(d_head), precision_of(q.dtype)
     sizes = {"CAUSAL": causal, "D_HEAD": d_head, "D": d, "PRECISION": precision}
     rows = 64 if d <= 128 else 32
     _backward_delta_kernel[(ceil_div(n_q, rows) * n_heads * batch,)](
-        out, d_out, d_lse.contiguous(), delta, *_strides(out, d_out), n_heads, n_q,
+        out, d_out, d_lse.contiguous(), delta, *strides_of(out, d_out), n_heads, n_q,
         D_HEAD=d_head, D=d, TILE_Q=rows,
     )  # fmt: skip
     tiles = choose_tiles("backward_keys", d_head, q.dtype)
     _backward_keys_kernel[(ceil_div(n_k, tiles.tile_k) * n_kv_heads * batch,)](
-        q, k, v, d_out, lse, delta, d_k, d_v, *_strides(q, k, v, d_out, d_k, d_v),
-        n_kv_heads, n_heads // n_kv_heads, n_q, n_k, scale, **sizes, **_options(tiles, q, d_out),
+        q, k, v, d_out, lse, delta, d_k, d_v, *strides_of(q, k, v, d_out, d_k, d_v),
+        n_kv_heads, n_heads // n_kv_heads, n_q, n_k, scale, **sizes, **options_of(tiles, q, d_out),
     )  # fmt: skip
     tiles = choose_tiles("backward_queries", d_head, q.dtype)
     _backward_queries_kernel[(ceil_div(n_q, tiles.tile_q) * n_heads * batch,)](
-        q, k, v, d_out, lse, delta, d_q, *_strides(q, k, v, d_out, d_q),
-        n_heads, n_heads // n_kv_heads, n_q, n_k, scale, **sizes, **_options(tiles, k, v),
+        q, k, v, d_out, lse, delta, d_q, *strides_of(q, k, v, d_out, d_q),
+        n_heads, n_heads // n_kv_heads, n_q, n_k, scale, **sizes, **options_of(tiles, k, v),
     )  # fmt: skip
     return d_q, d_k, d_v
-
-
-class Tiles(NamedTuple):
-    """How one kernel runs."""
-
-    tile_q: int
-    tile_k: int
-    n_warps: int
-    n_stages: int
-    tma: bool = False   # whether Hopper's tensor memory accelerator copies what the loop reads
 
 
 # (kernel, bytes an element, padded d_head up to): tiles for an H100
@@ -587,148 +517,4 @@ def tiles_for(
     kernel: str, d_head: int, dtype: torch.dtype, capability: tuple[int, int] | None
 ) -> Tiles:
     """The table's tiles, cut down to what a GPU of that capability (None: AMD) holds."""
-    d = _padded(d_head)
-    tensor_cores = capability is None or capability >= (8, 0)
-    itemsize = dtype.itemsize if tensor_cores else 4    # without them products are float32
-    tiles = TILES[kernel, itemsize, max(d, 64)]
-    if capability is not None and capability >= (9, 0):
-        tiles = tiles._replace(tma=True)
-    if itemsize == 2 and (capability is None or capability[0] not in (9, 10)):
-        tiles = _with_shorter_steps(kernel, tiles)      # products read registers, not shared memory
-    while _bytes_needed(kernel, tiles, itemsize * d) > _shared_bytes(capability):
-        if tiles.n_stages > 2:
-            tiles = tiles._replace(n_stages=tiles.n_stages - 1)
-        elif max(tiles.tile_q, tiles.tile_k) == 16:
-            return tiles._replace(n_stages=1)           # nothing is left to cut
-        elif tiles.tile_q >= tiles.tile_k:
-            tiles = tiles._replace(tile_q=tiles.tile_q // 2)
-        else:
-            tiles = tiles._replace(tile_k=tiles.tile_k // 2)
-    return tiles
-
-
-def _with_shorter_steps(kernel: str, tiles: Tiles) -> Tiles:
-    if kernel == "backward_keys":
-        return tiles._replace(tile_q=tiles.tile_q // 2)
-    return tiles._replace(tile_k=tiles.tile_k // 2)
-
-
-def _bytes_needed(kernel: str, tiles: Tiles, row_bytes: int) -> int:
-    """Of the tiles that a program keeps, and of two tiles a stage of what it walks."""
-    kept, walked = {
-        "forward": (tiles.tile_q, tiles.tile_k),
-        "backward_keys": (2 * tiles.tile_k, tiles.tile_q),
-        "backward_queries": (2 * tiles.tile_q, tiles.tile_k),
-    }[kernel]
-    return row_bytes * (kept + 2 * tiles.n_stages * walked) + 2048      # barriers, lse, delta
-
-
-def _shared_bytes(capability: tuple[int, int] | None) -> int:
-    """Most shared memory of one program. AMD's has 64 KiB, but does not keep tiles there."""
-    if capability is not None and capability < (8, 0):
-        return 64 << 10
-    if capability is not None and capability[0] in (9, 10):
-        return 227 << 10
-    return 163 << 10 if capability in ((8, 0), (8, 7)) else 99 << 10
-
-
-def _options(tiles: Tiles, *walked: Tensor) -> dict:
-    """`tiles` as the kernels take them. TMA needs addresses and strides in steps of 16 bytes."""
-    aligned = all(
-        x.data_ptr() % 16 == 0 and all(s and s * x.itemsize % 16 == 0 for s in x.stride()[:3])
-        for x in walked
-    )
-    if tiles.tma and aligned:
-        triton.set_allocator(_scratch)      # at each launch: every thread has a setting of its own
-    return {
-        "TILE_Q": tiles.tile_q, "TILE_K": tiles.tile_k, "STAGES": tiles.n_stages,
-        "TMA": tiles.tma and aligned, "num_warps": tiles.n_warps,
-    }  # fmt: skip
-
-
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Where a kernel keeps the TMA descriptors that it makes."""
-    return torch.empty(size, dtype=torch.int8, device=pick_device())
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for x in tensors for stride in x.stride()[:3]]
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """Of float32 products: three tf32 products are nearly as exact and run on tensor cores."""
-    gpu = gpu_facts()
-    has_tf32 = torch.version.hip is None and gpu is not None and gpu.capability >= (8, 0)
-    return "tf32x3" if dtype == torch.float32 and has_tf32 else "ieee"
-
-
-def _padded(d_head: int) -> int:
-    return max(MIN_D, triton.next_power_of_2(d_head))
-
-
-def _scale_of(q: Tensor, scale: float | None) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else scale
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    """Dense, with heads and rows in memory in the order of `x`."""
-    batch, n_heads, n, d_head = x.shape
-    if x.stride(1) < x.stride(2):
-        return x.new_empty(batch, n, n_heads, d_head).transpose(1, 2)
-    return x.new_empty(x.shape)
-
-
-def _is_walkable(x: Tensor) -> bool:
-    """Whether the kernels can address it: offsets within a tile of 128 rows are 32 bits wide."""
-    return x.stride(3) == 1 and x.stride(2) < MAX_ROW_STRIDE
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
-    """Refuse bad input before any work."""
-    require(q.ndim == 4, f"q must be (batch, n_heads, n_q, d_head); got {tuple(q.shape)}")
-    batch, n_heads, _, d_head = q.shape
-    require(
-        k.ndim == 4 and k.shape == v.shape,
-        "k and v must both be (batch, n_kv_heads, n_k, d_head); "
-        f"got {tuple(k.shape)} and {tuple(v.shape)}",
-    )
-    require(
-        k.shape[0] == batch and k.shape[3] == d_head,
-        f"q, k and v must have the same batch and d_head; got q {tuple(q.shape)}, "
-        f"k {tuple(k.shape)}",
-    )
-    require(
-        k.shape[1] > 0 and n_heads > 0 and n_heads % k.shape[1] == 0,
-        f"n_heads must be a multiple of n_kv_heads; got {n_heads} and {k.shape[1]}",
-    )
-    require(
-        0 < d_head <= MAX_D and d_head % 8 == 0,
-        f"d_head must be a multiple of 8 up to {MAX_D}; got {d_head}",
-    )
-    require(
-        q.dtype in (torch.float32, torch.float16, torch.bfloat16),
-        f"the dtype must be float32, float16 or bfloat16; got {q.dtype}",
-    )
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        require(
-            x.dtype == q.dtype and x.device == q.device,
-            f"{name} must be {q.dtype} on {q.device} like q; got {x.dtype} on {x.device}",
-        )
-        require(
-            x.numel() == 0 or _is_walkable(x),
-            f"the last dimension of {name} must be contiguous, and its rows less than "
-            f"{MAX_ROW_STRIDE} elements apart; got strides {x.stride()}: call .contiguous()",
-        )
-    require(
-        q.is_cuda or interpreting(),
-        f"q is on the {q.device} but Triton compiles for the GPU in this session: move it there",
-    )
-    require(
-        q.is_cuda or q.dtype != torch.bfloat16,
-        "bfloat16 needs a GPU: Triton's CPU interpreter computes on its bit pattern "
-        "and returns wrong numbers. Use float32.",
-    )
-    require(
-        scale is None or (math.isfinite(scale) and scale > 0),
-        f"scale must be a positive finite number; got {scale}",
-    )
+    return tiles_from(TILES, kernel, d_head, dtype, capability)

@@ -1,0 +1,262 @@
+"""What the attention kernels of several rooms share: rows of heads in and out of memory, how large
+tiles may be on a GPU, and the check of q, k and v.
+"""
+
+import inspect
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmopt_lab.core.device import gpu_facts, interpreting, pick_device, prepare_triton
+from llmopt_lab.core.errors import require
+
+prepare_triton()
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)   # exp(x) == exp2(x * LOG2_E), exp2 is one instruction
+MIN_D = 16                                  # tl.dot wants at least 16 columns
+MAX_D = 256
+MAX_ROW_STRIDE = 1 << 24                    # elements
+
+
+def jit(fn, **options):
+    """triton.jit of the function itself, which a test's type checker may have wrapped."""
+    return triton.jit(inspect.unwrap(fn), **options)
+
+
+@jit
+def owned(n_tiles, n_heads):
+    """(tile, head, batch) of this program: the tiles of one head start one after the other."""
+    pid = tl.program_id(0)
+    rest = pid // n_tiles
+    return pid % n_tiles, rest % n_heads, (rest // n_heads).to(tl.int64)
+
+
+@jit
+def rows_of(
+    x_ptr, n_heads, n_rows, x_head, x_row,
+    ROWS: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
+):
+    """Where `load_rows` finds (n_heads, n_rows, D_HEAD): a pointer, or a TMA descriptor of it."""
+    if TMA:
+        rows = tl.make_tensor_descriptor(
+            x_ptr, [n_heads, n_rows, D_HEAD], [x_head, x_row, 1], [1, ROWS, D]
+        )
+    else:
+        rows = x_ptr
+    return rows
+
+
+@jit
+def load_rows(
+    rows, head, first, n_rows, x_head, x_row,
+    ROWS: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
+    CHECKED: tl.constexpr,          # whether the tile may end past n_rows
+):
+    """Rows [first, first + ROWS) of one head, (ROWS, D): 0 past n_rows and past D_HEAD."""
+    if TMA:
+        x = rows.load([head, first, 0]).reshape(ROWS, D)
+    else:
+        row = tl.arange(0, ROWS)                                        # (ROWS,)
+        d = tl.arange(0, D)                                             # (D,)
+        start = rows + tl.cast(head, tl.int64) * x_head + tl.cast(first, tl.int64) * x_row
+        at = start + row[:, None] * x_row + d[None, :]                  # (ROWS, D)
+        if CHECKED:
+            ok = (first + row < n_rows)[:, None]
+            if D_HEAD < D:
+                ok = ok & (d < D_HEAD)[None, :]
+            x = tl.load(at, ok, other=0.0)
+        elif D_HEAD < D:
+            x = tl.load(at, (d < D_HEAD)[None, :], other=0.0)
+        else:
+            x = tl.load(at)
+    return x
+
+
+@jit
+def store_rows(
+    x_ptr, x, head, first, n_rows, x_head, x_row,
+    ROWS: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
+):
+    row = tl.arange(0, ROWS)                                            # (ROWS,)
+    d = tl.arange(0, D)                                                 # (D,)
+    start = x_ptr + tl.cast(head, tl.int64) * x_head + tl.cast(first, tl.int64) * x_row
+    at = start + row[:, None] * x_row + d[None, :]                      # (ROWS, D)
+    ok = (first + row < n_rows)[:, None] & (d < D_HEAD)[None, :]
+    tl.store(at, x.to(x_ptr.dtype.element_ty), ok)
+
+
+class Tiles(NamedTuple):
+    """How one kernel runs."""
+
+    tile_q: int
+    tile_k: int
+    n_warps: int
+    n_stages: int
+    tma: bool = False   # whether Hopper's tensor memory accelerator copies what the loop reads
+
+
+def tiles_from(
+    table: dict, kernel: str, d_head: int, dtype: torch.dtype, capability: tuple[int, int] | None,
+    *, at_most: tuple[int, int, int] | None = None,
+) -> Tiles:
+    """The table's tiles, cut down to what a GPU of that capability (None: AMD) holds.
+
+    Args:
+        table: (kernel, bytes an element, padded d_head up to) -> Tiles, for an H100.
+        kernel: "forward", "backward_keys" or "backward_queries".
+        at_most: queries and keys of a tile, and the warps then, where a kernel needs registers of
+            its own beside the scores.
+    """
+    d = padded(d_head)
+    tensor_cores = capability is None or capability >= (8, 0)
+    itemsize = dtype.itemsize if tensor_cores else 4    # without them products are float32
+    tiles = table[kernel, itemsize, max(d, 64)]
+    if capability is not None and capability >= (9, 0):
+        tiles = tiles._replace(tma=True)
+    if at_most:
+        tile_q, tile_k = min(at_most[0], tiles.tile_q), min(at_most[1], tiles.tile_k)
+        tiles = Tiles(tile_q, tile_k, at_most[2], 2, tiles.tma)
+    if itemsize == 2 and (capability is None or capability[0] not in (9, 10)):
+        tiles = _with_shorter_steps(kernel, tiles)      # products read registers, not shared memory
+    while _bytes_needed(kernel, tiles, itemsize * d) > _shared_bytes(capability):
+        if tiles.n_stages > 2:
+            tiles = tiles._replace(n_stages=tiles.n_stages - 1)
+        elif max(tiles.tile_q, tiles.tile_k) == 16:
+            return tiles._replace(n_stages=1)           # nothing is left to cut
+        elif tiles.tile_q >= tiles.tile_k:
+            tiles = tiles._replace(tile_q=tiles.tile_q // 2)
+        else:
+            tiles = tiles._replace(tile_k=tiles.tile_k // 2)
+    return tiles
+
+
+def _with_shorter_steps(kernel: str, tiles: Tiles) -> Tiles:
+    if kernel == "backward_keys":
+        return tiles._replace(tile_q=tiles.tile_q // 2)
+    return tiles._replace(tile_k=tiles.tile_k // 2)
+
+
+def _bytes_needed(kernel: str, tiles: Tiles, row_bytes: int) -> int:
+    """Of the tiles that a program keeps, and of two tiles a stage of what it walks."""
+    kept, walked = {
+        "forward": (tiles.tile_q, tiles.tile_k),
+        "backward_keys": (2 * tiles.tile_k, tiles.tile_q),
+        "backward_queries": (2 * tiles.tile_q, tiles.tile_k),
+    }[kernel]
+    return row_bytes * (kept + 2 * tiles.n_stages * walked) + 2048      # barriers, lse, delta
+
+
+def _shared_bytes(capability: tuple[int, int] | None) -> int:
+    """Most shared memory of one program. AMD's has 64 KiB, but does not keep tiles there."""
+    if capability is not None and capability < (8, 0):
+        return 64 << 10
+    if capability is not None and capability[0] in (9, 10):
+        return 227 << 10
+    return 163 << 10 if capability in ((8, 0), (8, 7)) else 99 << 10
+
+
+def options_of(tiles: Tiles, *walked: Tensor) -> dict:
+    """`tiles` as the kernels take them. TMA needs addresses and strides in steps of 16 bytes."""
+    aligned = all(
+        x.data_ptr() % 16 == 0 and all(s and s * x.itemsize % 16 == 0 for s in x.stride()[:3])
+        for x in walked
+    )
+    if tiles.tma and aligned:
+        triton.set_allocator(_scratch)      # at each launch: every thread has a setting of its own
+    return {
+        "TILE_Q": tiles.tile_q, "TILE_K": tiles.tile_k, "STAGES": tiles.n_stages,
+        "TMA": tiles.tma and aligned, "num_warps": tiles.n_warps,
+    }  # fmt: skip
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Where a kernel keeps the TMA descriptors that it makes."""
+    return torch.empty(size, dtype=torch.int8, device=pick_device())
+
+
+def strides_of(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """Of float32 products: three tf32 products are nearly as exact and run on tensor cores."""
+    gpu = gpu_facts()
+    has_tf32 = torch.version.hip is None and gpu is not None and gpu.capability >= (8, 0)
+    return "tf32x3" if dtype == torch.float32 and has_tf32 else "ieee"
+
+
+def padded(d_head: int) -> int:
+    return max(MIN_D, triton.next_power_of_2(d_head))
+
+
+def scale_of(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """Dense, with heads and rows in memory in the order of `x`."""
+    batch, n_heads, n, d_head = x.shape
+    if x.stride(1) < x.stride(2):
+        return x.new_empty(batch, n, n_heads, d_head).transpose(1, 2)
+    return x.new_empty(x.shape)
+
+
+def is_walkable(x: Tensor) -> bool:
+    """Whether the kernels can address it: offsets within a tile of 128 rows are 32 bits wide."""
+    return x.stride(3) == 1 and x.stride(2) < MAX_ROW_STRIDE
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+    """Refuse bad input before any work."""
+    require(q.ndim == 4, f"q must be (batch, n_heads, n_q, d_head); got {tuple(q.shape)}")
+    batch, n_heads, _, d_head = q.shape
+    require(
+        k.ndim == 4 and k.shape == v.shape,
+        "k and v must both be (batch, n_kv_heads, n_k, d_head); "
+        f"got {tuple(k.shape)} and {tuple(v.shape)}",
+    )
+    require(
+        k.shape[0] == batch and k.shape[3] == d_head,
+        f"q, k and v must have the same batch and d_head; got q {tuple(q.shape)}, "
+        f"k {tuple(k.shape)}",
+    )
+    require(
+        k.shape[1] > 0 and n_heads > 0 and n_heads % k.shape[1] == 0,
+        f"n_heads must be a multiple of n_kv_heads; got {n_heads} and {k.shape[1]}",
+    )
+    require(
+        0 < d_head <= MAX_D and d_head % 8 == 0,
+        f"d_head must be a multiple of 8 up to {MAX_D}; got {d_head}",
+    )
+    require(
+        q.dtype in (torch.float32, torch.float16, torch.bfloat16),
+        f"the dtype must be float32, float16 or bfloat16; got {q.dtype}",
+    )
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        require(
+            x.dtype == q.dtype and x.device == q.device,
+            f"{name} must be {q.dtype} on {q.device} like q; got {x.dtype} on {x.device}",
+        )
+        require(
+            x.numel() == 0 or is_walkable(x),
+            f"the last dimension of {name} must be contiguous, and its rows less than "
+            f"{MAX_ROW_STRIDE} elements apart; got strides {x.stride()}: call .contiguous()",
+        )
+    require(
+        q.is_cuda or interpreting(),
+        f"q is on the {q.device} but Triton compiles for the GPU in this session: move it there",
+    )
+    require(
+        q.is_cuda or q.dtype != torch.bfloat16,
+        "bfloat16 needs a GPU: Triton's CPU interpreter computes on its bit pattern "
+        "and returns wrong numbers. Use float32.",
+    )
+    require(
+        scale is None or (math.isfinite(scale) and scale > 0),
+        f"scale must be a positive finite number; got {scale}",
+    )
