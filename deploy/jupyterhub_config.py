@@ -34,12 +34,17 @@ c.DockerSpawner.use_internal_ip = True
 c.DockerSpawner.volumes = {"llmopt-{username}": "/home/learner"}
 c.DockerSpawner.notebook_dir = "/home/learner"
 c.Spawner.default_url = "/lab/tree/notebooks/0_start_here.ipynb"
-c.Spawner.start_timeout = 120
+c.Spawner.start_timeout = 600  # seconds, to make a container, and
+c.Spawner.http_timeout = 600  # until its server answers: a class starts all at once
 
 # One learner cannot take the machine from the others.
 c.Spawner.mem_limit = "4G"
 c.Spawner.cpu_limit = 2.0
-c.DockerSpawner.extra_host_config = {"pids_limit": 512, "cap_drop": ["ALL"]}
+c.DockerSpawner.extra_host_config = {
+    "pids_limit": 512,
+    "cap_drop": ["ALL"],
+    "security_opt": ["no-new-privileges"],
+}
 c.DockerSpawner.extra_create_kwargs = {"user": "learner"}
 c.Spawner.environment = {"OMP_NUM_THREADS": "2"}  # torch would take every core of the host
 

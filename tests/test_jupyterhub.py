@@ -1,4 +1,7 @@
-"""deploy/: the hub's configuration in JupyterHub itself, the image without a container engine."""
+"""deploy/: the hub's configuration in JupyterHub itself, the image without a container engine.
+
+Where LLMOPT_TEST_IMAGE names an image of deploy/Dockerfile, a class of two works in containers.
+"""
 
 import asyncio
 import os
@@ -6,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +23,8 @@ pytest.importorskip("dockerspawner")
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text()
+IMAGE = os.environ.get("LLMOPT_TEST_IMAGE", "")
+ADDRESS = "http://127.0.0.1:8000"  # where a hub listens that nobody told otherwise
 PASSWORDS = {"LLMOPT_CLASS_PASSWORD": "c" * 8, "LLMOPT_ADMIN_PASSWORD": "a" * 32}
 
 
@@ -71,6 +77,7 @@ def test_each_learner_gets_limits_a_home_of_their_own_and_no_rights_on_the_host(
     settings = hub.config.DockerSpawner
     assert "{username}" in next(iter(settings.volumes)) and settings.remove
     assert settings.extra_host_config["cap_drop"] == ["ALL"]
+    assert settings.extra_host_config["security_opt"] == ["no-new-privileges"]
     assert settings.extra_create_kwargs["user"] == "learner"
     limits = hub.config.Spawner
     assert limits.mem_limit and limits.cpu_limit and settings.extra_host_config["pids_limit"]
@@ -88,6 +95,14 @@ def test_passwords_stay_on_the_hubs_host_and_containers_ask_it_by_the_name_they_
     ann = SimpleNamespace(name="ann", admin=False, url="/user/ann/")
     told = hub.spawner_class(config=hub.config, hub=hub.hub, user=ann).get_env()
     assert told["JUPYTERHUB_API_URL"] == "http://10.89.0.1:8081/hub/api"
+
+
+def test_a_class_that_starts_all_at_once_is_waited_for(hub):
+    # JupyterHub gives a container 30 s to answer: eight that started together on two cores had
+    # none of them answered by then, and were removed
+    ann = SimpleNamespace(name="ann", admin=False, url="/user/ann/")
+    spawner = hub.spawner_class(config=hub.config, user=ann)
+    assert spawner.http_timeout >= 300 and spawner.start_timeout >= 300
 
 
 @pytest.mark.parametrize("short", PASSWORDS)
@@ -191,3 +206,93 @@ def test_a_new_home_gets_the_notebooks_and_an_old_one_keeps_its_own(tmp_path):
     assert (done.returncode, done.stdout) == (0, "started with it\n"), done.stderr
     assert (home / "notebooks/1.ipynb").read_text() == "new"
     assert (home / "exercises/1.ipynb").read_text() == "my work"
+
+
+# A class of two in containers, where LLMOPT_TEST_IMAGE names the image (docs/jupyterhub.md)
+
+
+def wait_until(true, limit_s=120):
+    deadline = time.monotonic() + limit_s
+    while not (value := true()):
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.5)
+    return value
+
+
+@pytest.fixture
+def sign_in(tmp_path):
+    """A function that signs somebody in to a hub that runs our file, and gives their session."""
+    import docker
+    import requests
+
+    log, signed_in = tmp_path / "log", set()
+    command = [sys.executable, "-m", "jupyterhub", "-f", str(ROOT / "deploy/jupyterhub_config.py")]
+    environment = os.environ | PASSWORDS | {"LLMOPT_IMAGE": IMAGE}
+    with log.open("w") as out:
+        hub = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=out, stderr=out)
+
+    def come_in(name: str, password: str) -> requests.Session:
+        session = requests.Session()
+        session.get(f"{ADDRESS}/hub/login")
+        told = {"username": name, "password": password, "_xsrf": session.cookies["_xsrf"]}
+        session.post(f"{ADDRESS}/hub/login?next=/hub/home", told).raise_for_status()
+        signed_in.add(name)
+        return session
+
+    try:
+        wait_until(lambda: "is now running" in log.read_text() or hub.poll() is not None)
+        assert hub.poll() is None, log.read_text()
+        yield come_in
+    finally:
+        hub.terminate()  # it stops the servers
+        hub.wait(60)
+        volumes = {volume.name: volume for volume in docker.from_env().volumes.list()}
+        for name in signed_in & {"hubtestann", "hubtestben"}:
+            volumes[f"llmopt-{name}"].remove()
+
+
+def at_work(session, name: str) -> bool:
+    """Whether the notebook opens in their server; ask again while that starts."""
+    page = session.get(f"{ADDRESS}/user/{name}/lab/tree/notebooks/0_start_here.ipynb")
+    return page.ok and page.url.startswith(f"{ADDRESS}/user/{name}/lab")
+
+
+if IMAGE:  # a skipped test would count as failed
+
+    def test_two_learners_work_apart_and_what_they_made_outlives_their_container(sign_in):
+        import docker
+        import requests
+
+        with pytest.raises(requests.HTTPError, match="403"):
+            sign_in("hubtestann", "wrong password")
+        sessions = {
+            name: sign_in(name, PASSWORDS["LLMOPT_CLASS_PASSWORD"])
+            for name in ("hubtestann", "hubtestben")
+        }
+        for name, session in sessions.items():
+            session.get(f"{ADDRESS}/hub/spawn").raise_for_status()
+            wait_until(lambda name=name, session=session: at_work(session, name))
+        ann, ben = sessions.values()
+        assert not at_work(ben, "hubtestann")
+
+        containers = docker.from_env().containers
+        room = containers.get("jupyter-hubtestann")
+        assert room.exec_run(["id", "-un"]).output == b"learner\n"
+        assert room.exec_run(["touch", "exercises/mine"]).exit_code == 0
+        status = room.exec_run(["cat", "/proc/self/status"]).output.decode()
+        assert re.search(r"NoNewPrivs:\s+1\n", status) and re.search(r"CapBnd:\s+0+\n", status)
+        hog = room.exec_run(["python", "-c", "b'x' * (6 << 30)"])
+        assert hog.exit_code == 137  # killed
+        assert at_work(ann, "hubtestann") and at_work(ben, "hubtestben")
+
+        instructor = sign_in("instructor", PASSWORDS["LLMOPT_ADMIN_PASSWORD"])
+        instructor.delete(
+            f"{ADDRESS}/hub/api/users/hubtestann/server",
+            headers={"X-XSRFToken": instructor.cookies.get("_xsrf", path="/hub/")},
+        ).raise_for_status()
+        assert not containers.list(all=True, filters={"name": "jupyter-hubtestann"})
+        assert at_work(ben, "hubtestben")
+        ann.get(f"{ADDRESS}/hub/spawn").raise_for_status()
+        wait_until(lambda: at_work(ann, "hubtestann"))
+        kept = containers.get("jupyter-hubtestann").exec_run(["ls", "exercises"]).output
+        assert b"mine\n" in kept and b"1_paged_attention.ipynb\n" in kept
