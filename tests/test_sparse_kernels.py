@@ -7,6 +7,7 @@ Memory nobody wrote reads as NaN (conftest).
 import math
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -27,17 +28,21 @@ from llmopt_lab.sparse_attention.cases import Sizes, attention_inputs, attention
 from llmopt_lab.sparse_attention.kernels import (
     Tiles,
     select_blocks,
+    sink_rows,
     sparse_attention_triton,
     tiles_for,
     walk_of,
 )
 from llmopt_lab.sparse_attention.patterns import (
+    Band,
     Causal,
     DilatedWindow,
     Full,
     GlobalTokens,
     InBlocks,
     Listed,
+    Pattern,
+    Sinks,
     SlidingWindow,
     Strided,
     bigbird,
@@ -167,6 +172,60 @@ def test_any_window_and_sinks_need_no_list(n_q, n_k, width, n_sinks, causal, see
     check_forward_and_backward(*inputs(sizes, seed=seed), pattern)
     q, k, _ = inputs(sizes)
     assert not walk_of(q, k, pattern).listed
+
+
+SINKS = {
+    "a few": streaming(9, 3),
+    "beyond a window of one key": streaming(1, 2),
+    "more than a tile": streaming(5, 38),
+    "so many that parts are longer": streaming(20, 70),
+    "more than there are keys": streaming(4, 200),
+    "beyond a symmetric window": SlidingWindow(12, causal=False) | Sinks(5),
+    "all inside the window": streaming(150, 4),
+}
+LONG = [
+    Sizes(70, 70, 16, 16),
+    Sizes(45, 75, 24, 24, batch=2, n_heads=2, n_kv_heads=2),
+    # the first 40 tokens lie before the first key
+    Sizes(80, 40, 8, 8, n_heads=2, n_kv_heads=1),
+]
+
+
+@pytest.fixture
+def short_parts(monkeypatch):
+    """One tile of queries each, so that a small example has several."""
+    monkeypatch.setattr(kernels, "SINK_PART", 32)
+
+
+@pytest.mark.parametrize("pattern", SINKS.values(), ids=SINKS)
+@pytest.mark.parametrize("sizes", LONG, ids=str)
+def test_sinks_get_the_gradients_of_queries_in_several_parts(sizes, pattern, short_parts):
+    q, k, v = inputs(sizes)
+    assert not walk_of(q, k, pattern).listed
+    check_forward_and_backward(q, k, v, pattern)
+
+
+def test_sinks_of_the_widest_heads_get_their_gradients(short_parts):
+    check_forward_and_backward(*inputs(Sizes(40, 40, 256, 256)), streaming(9, 3))
+
+
+@dataclass(frozen=True)
+class Earlier(Pattern):
+    """The tokens 5 to 9 before a query: the sinks beyond it lie on both sides."""
+
+    def allowed(self, rows, cols):
+        back = rows[:, None] - cols
+        return (back >= 5) & (back <= 9)
+
+    def terms(self):
+        return ((Band(low=5, high=9),),)
+
+
+def test_sinks_beside_a_window_without_the_querys_own_key_are_listed(short_parts):
+    q, k, v = inputs(Sizes(70, 70, 16, 16))
+    for pattern, listed in ((Earlier(), False), (Earlier() | Sinks(3), True)):
+        assert walk_of(q, k, pattern).listed == listed
+        check_forward_and_backward(q, k, v, pattern)
 
 
 def check_lists(pattern, q, k):
@@ -300,10 +359,11 @@ def test_the_scale_is_taken_as_given():
     assert_close(sparse_attention_triton(q, k, v, streaming(9, 2), scale=0.4), want)
 
 
-def test_two_runs_give_the_same_bits():
+@pytest.mark.parametrize("pattern", [longformer(9, (0,)), streaming(9, 3)], ids=str)
+def test_two_runs_give_the_same_bits(pattern, short_parts):
     def run():
         q, k, v = (x.requires_grad_() for x in inputs(ONE))
-        out, lse = sparse_attention_triton(q, k, v, longformer(9, (0,)), return_lse=True)
+        out, lse = sparse_attention_triton(q, k, v, pattern, return_lse=True)
         return out, lse, *torch.autograd.grad(out.square().sum() + lse.sum(), (q, k, v))
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
@@ -405,6 +465,7 @@ TENSORS = {
     "backward_queries": ("q", "k", "v", "out", "d_out", "d_q"),
 }
 RULES = {
+    "window": {"LISTED": False, "SINKS": False, "TERMS": 0},
     "window and sinks": {"LISTED": False, "SINKS": True, "TERMS": 0},
     "listed window": {"LISTED": True, "SINKS": False, "TERMS": 0},
     "two terms with steps": {"LISTED": True, "SINKS": False, "TERMS": 2, "STEPS": True},
@@ -420,17 +481,19 @@ def kernel_spec(target: str, kernel: str, dtype: str, d_head: int, rule: str) ->
     )  # fmt: skip
     strides = [f"{x}_{n}" for x in TENSORS[kernel] for n in ("batch", "head")]
     rows = [f"{x}_row" for x in TENSORS[kernel]]
-    counts = ["n_heads", "n_kv_heads", "group", "n_q", "n_k", "list_head", "n_terms", "low", "high"]
+    counts = ["n_heads", "n_kv_heads", "group", "n_q", "n_k", "n_parts", "list_head", "n_terms"]
+    counts += ["low", "high", "n_sinks"]
     has_tf32 = CAPABILITIES[target] is not None and CAPABILITIES[target] >= (8, 0)
     return {
         "kernel": f"{MODULE}:_{kernel}_kernel",
         "target": target,
         "signature": {f"{x}_ptr": f"*{dtype}" for x in TENSORS[kernel]}
         | dict.fromkeys(["lse_ptr", "d_lse_ptr", "delta_ptr"], "*fp32")
+        | dict.fromkeys(["sinks_d_k_ptr", "sinks_d_v_ptr"], "*fp32")
         | {"scale": "fp32"}
         | dict.fromkeys(["blocks_ptr", "n_full_ptr", "n_live_ptr", "terms_ptr"], "*i32")
         | dict.fromkeys(strides, "i64")
-        | dict.fromkeys([*rows, *counts, "n_sinks"], "i32"),
+        | dict.fromkeys([*rows, *counts], "i32"),
         "constexprs": constants
         | {
             "D_HEAD": d_head, "D": max(16, 1 << (d_head - 1).bit_length()),
@@ -441,6 +504,18 @@ def kernel_spec(target: str, kernel: str, dtype: str, d_head: int, rule: str) ->
         "aligned": strides + rows,
         "options": {"num_warps": tiles.n_warps},
     }  # fmt: skip
+
+
+def sinks_spec(target: str, dtype: str, d_head: int, n_sinks: int) -> dict:
+    """Of `_sink_parts_kernel`: the tiles and constants are those of the keys, but for the sinks."""
+    spec = kernel_spec(target, "backward_keys", dtype, d_head, "window and sinks")
+    rows = sink_rows(spec["constexprs"]["TILE_K"], n_sinks)
+    kept = ("D_HEAD", "D", "PRECISION", "TILE_Q", "STAGES", "TMA")
+    return spec | {
+        "kernel": f"{MODULE}:_sink_parts_kernel",
+        "signature": spec["signature"] | {"d_k_ptr": "*fp32", "d_v_ptr": "*fp32", "part": "i32"},
+        "constexprs": {name: spec["constexprs"][name] for name in kept} | {"TILE_K": rows},
+    }
 
 
 def list_spec(target: str, from_terms: bool) -> dict:
@@ -463,6 +538,7 @@ def specs_of(target: str) -> list[dict]:
     half = "fp16" if target == "sm_75" else "bf16"
     specs = [kernel_spec(target, kernel, half, 128, "window and sinks") for kernel in TENSORS]
     specs += [kernel_spec(target, "forward", half, 128, "many terms of blocks")]
+    specs += [sinks_spec(target, half, 128, n_sinks=4)]
     specs += [list_spec(target, True), list_spec(target, False)]
     if target == "sm_90":
         specs += [
@@ -471,6 +547,8 @@ def specs_of(target: str) -> list[dict]:
             for rule in ("listed window", "two terms with steps", "many terms of blocks")
         ]
         specs += [kernel_spec(target, kernel, half, 64, "window and sinks") for kernel in TENSORS]
+        specs += [kernel_spec(target, "backward_keys", half, d, "window") for d in (64, 128)]
+        specs += [sinks_spec(target, half, d, n) for d, n in ((64, 4), (64, 64), (128, 64))]
         specs += [kernel_spec(target, "forward", "fp32", 64, "window and sinks")]
     return specs
 
@@ -478,7 +556,6 @@ def specs_of(target: str) -> list[dict]:
 # bytes a thread, at most: the rule needs registers beside the tiles that flash attention fills
 SPILLS = {
     ("_backward_keys_kernel", 128): 68,
-    ("_backward_keys_kernel", 64): 16,
     ("_backward_queries_kernel", 128): 16,
 }
 
@@ -540,6 +617,15 @@ def test_windows_and_sinks_are_right_on_a_gpu_on_random_shapes(
     sizes = Sizes(n_q, n_k, d_head, d_head, n_heads=2 * group, n_kv_heads=2)
     q, k, v = inputs(sizes, dtype=torch.bfloat16, device="cuda", seed=seed)
     check_forward_and_backward(q, k, v, streaming(width, n_sinks), what=f"{sizes}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d_head", [64, 128, 256])
+@pytest.mark.parametrize("n_sinks", [4, 60, 150])
+def test_sinks_over_several_parts_are_right_on_a_gpu(n_sinks, d_head):
+    sizes = Sizes(2500, 2600, d_head, d_head, n_heads=4, n_kv_heads=2)
+    q, k, v = inputs(sizes, dtype=torch.bfloat16, device="cuda")
+    check_forward_and_backward(q, k, v, streaming(300, n_sinks))
 
 
 @pytest.mark.gpu

@@ -37,6 +37,7 @@ CHUNK = tl.constexpr(256)                   # terms that are looked at at once
 EVERYTHING = (1, -FAR, FAR, 1, -FAR, FAR, -FAR, FAR)    # a band, field by field
 NOTHING = (1, 1, 0, 1, 0, 0, 0, 0)
 PARTIAL, FULL = tl.constexpr(1), tl.constexpr(2)
+SINK_PART = 1024                            # queries of a part for each 64 sinks
 
 
 def jit(fn, **options):
@@ -45,9 +46,9 @@ def jit(fn, **options):
 
 
 # one compilation for every length and every width
-sized_jit = partial(
-    jit, do_not_specialize=("n_q", "n_k", "list_head", "n_terms", "low", "high", "n_sinks")
-)
+sized_jit = partial(jit, do_not_specialize=(
+    "n_q", "n_k", "n_parts", "list_head", "n_terms", "low", "high", "n_sinks",
+))
 
 
 # The lists
@@ -376,17 +377,16 @@ def _keys_of(
         n_full = full_end - full_begin
         n_partial = end - begin - n_full
         if SINKS:
-            n_partial += tl.minimum(tl.cdiv(tl.minimum(n_sinks, n_k), TILE_K), begin)
+            n_partial += tl.minimum(tl.cdiv(n_sinks, TILE_K), begin)
     return n_full, n_partial, begin, full_begin, full_end, end
 
 
 @jit
 def _queries_of(
-    first_k, n_q, n_k, low, high, n_sinks, n_full_ptr, n_live_ptr, list_at,
+    first_k, n_q, n_k, low, high, n_full_ptr, n_live_ptr, list_at,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, LISTED: tl.constexpr,
-    SINKS: tl.constexpr,
 ):
-    """`_keys_of` the other way round: the tiles of queries that see some keys."""
+    """`_keys_of` the other way round: the tiles of queries that see some keys. Never for sinks."""
     if LISTED:
         per_block: tl.constexpr = BLOCK_Q // TILE_Q
         n_full = tl.load(n_full_ptr + list_at) * per_block
@@ -395,12 +395,8 @@ def _queries_of(
     else:
         first = first_k + n_q - n_k                                     # query of the same token
         last = first + TILE_K - 1
-        some_first, some_last = first + low, last + high
-        if SINKS:  # noqa: SIM102  a constant and a value: two ifs for the compiler
-            if first_k < n_sinks:                                       # seen by all that follow
-                some_first, some_last = tl.minimum(some_first, first), n_q
         begin, full_begin, full_end, end = _span(
-            some_first, some_last, last + low, first + high, n_q, TILE_Q
+            first + low, last + high, last + low, first + high, n_q, TILE_Q
         )
         n_full = full_end - full_begin
         n_partial = end - begin - n_full
@@ -684,20 +680,89 @@ def _absorb_queries(
 
 
 @sized_jit
+def _sink_parts_kernel(
+    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr,
+    d_k_ptr, d_v_ptr,               # (batch * n_heads * n_parts, n_sinks, D_HEAD) float32
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    d_out_batch, d_out_head, d_out_row,
+    n_heads, group, n_q, n_k, part, low, n_sinks, scale,
+    D_HEAD: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+):
+    """One program: what `part` queries of one head send to TILE_K sinks from beyond the window.
+
+    Such pairs are a window of their own, [low, n_k]. Every later query sees the sinks: one program
+    that walked them all would take a long text's whole backward pass.
+    """
+    n_tiles = tl.cdiv(n_sinks, TILE_K)
+    n_parts = tl.cdiv(n_q, part)
+    tile, head, batch = _owned(n_tiles * n_parts, n_heads)
+    first_k = tile % n_tiles * TILE_K
+    first_q = tile // n_tiles * part
+    k = _load_rows(
+        k_ptr + batch * k_batch, head // group, first_k, n_k, k_head, k_row,
+        TILE_K, D_HEAD, D, False, CHECKED=True,
+    )
+    v = _load_rows(
+        v_ptr + batch * v_batch, head // group, first_k, n_k, v_head, v_row,
+        TILE_K, D_HEAD, D, False, CHECKED=True,
+    )
+    q_at, d_out_at = q_ptr + batch * q_batch, d_out_ptr + batch * d_out_batch
+    q_rows = _rows_of(q_at, n_heads, n_q, q_head, q_row, TILE_Q, D_HEAD, D, TMA)
+    d_out_rows = _rows_of(d_out_at, n_heads, n_q, d_out_head, d_out_row, TILE_Q, D_HEAD, D, TMA)
+    begin = tl.maximum(first_k + low + n_q - n_k, first_q) // TILE_Q
+    end = tl.maximum(tl.cdiv(tl.minimum(first_q + part, n_q), TILE_Q), begin)
+
+    d_k = tl.zeros((TILE_K, D), tl.float32)
+    d_v = tl.zeros((TILE_K, D), tl.float32)
+    d_k, d_v = _absorb_queries(
+        d_k, d_v, k, v, first_k + tl.arange(0, TILE_K), first_k, q_rows, d_out_rows,
+        lse_ptr + batch * n_heads * n_q, delta_ptr + batch * n_heads * n_q,
+        head, 1, q_head, q_row, d_out_head, d_out_row,
+        end - begin, begin, end, end, end, None, 0,                     # no list
+        None, 0, low, n_k, 0, n_q, n_k, scale * LOG2_E,                 # no terms
+        True, TILE_Q, TILE_K, TILE_Q, False, False, 0, False, False, D_HEAD, D, PRECISION,
+        STAGES, TMA,
+    )
+    at = (batch * n_heads + head) * n_parts + tile // n_tiles
+    part_size = n_sinks * D_HEAD
+    _store_rows(d_k_ptr, d_k, at, first_k, n_sinks, part_size, D_HEAD, TILE_K, D_HEAD, D)
+    _store_rows(d_v_ptr, d_v, at, first_k, n_sinks, part_size, D_HEAD, TILE_K, D_HEAD, D)
+
+
+@jit
+def _add_parts(
+    total, parts_ptr, part, n_parts, first, n_sinks,
+    ROWS: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
+):
+    """Rows [first, first + ROWS) of so many parts, from `part` on, in their order."""
+    for i in range(n_parts):
+        total += _load_rows(
+            parts_ptr, part + i, first, n_sinks, n_sinks * D_HEAD, D_HEAD, ROWS, D_HEAD, D, False,
+            CHECKED=True,
+        )
+    return total
+
+
+@sized_jit
 def _backward_keys_kernel(
     q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr,
     d_k_ptr, d_v_ptr,               # like k and v
+    sinks_d_k_ptr, sinks_d_v_ptr,   # parts, of `_sink_parts_kernel`
     blocks_ptr, n_full_ptr, n_live_ptr, terms_ptr,      # lists of query blocks, terms
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     d_out_batch, d_out_head, d_out_row, d_k_batch, d_k_head, d_k_row, d_v_batch, d_v_head, d_v_row,
-    n_kv_heads, group, n_q, n_k, list_head, n_terms, low, high, n_sinks, scale,
+    n_kv_heads, group, n_q, n_k, n_parts, list_head, n_terms, low, high, n_sinks, scale,
     D_HEAD: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     LISTED: tl.constexpr, SINKS: tl.constexpr, TERMS: tl.constexpr, STEPS: tl.constexpr,
     GRAINS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):
-    """One program: TILE_K keys of one KV head against every query of its group that sees them."""
+    """One program: TILE_K keys of one KV head against every query of its group that sees them.
+
+    Of sinks without lists it takes the window, and the rest from the parts that others made.
+    """
     tile, kv_head, batch = _owned(tl.cdiv(n_k, TILE_K), n_kv_heads)
     first_k = tile * TILE_K     # the first tile first: sinks and causal patterns make it heavy
     scale_log2 = scale * LOG2_E
@@ -718,27 +783,32 @@ def _backward_keys_kernel(
     list_at = (batch * n_kv_heads + kv_head) * list_head + first_k // BLOCK_K
     blocks_at = blocks_ptr + list_at * tl.cdiv(n_q, BLOCK_Q)
     n_full, n_partial, begin, full_begin, full_end, end = _queries_of(
-        first_k, n_q, n_k, low, high, n_sinks, n_full_ptr, n_live_ptr, list_at,
-        TILE_Q, TILE_K, BLOCK_Q, LISTED, SINKS,
+        first_k, n_q, n_k, low, high, n_full_ptr, n_live_ptr, list_at,
+        TILE_Q, TILE_K, BLOCK_Q, LISTED,
     )
 
     d_k = tl.zeros((TILE_K, D), tl.float32)
     d_v = tl.zeros((TILE_K, D), tl.float32)
+    if SINKS and not LISTED:
+        n_parts = tl.where(first_k < n_sinks, n_parts * group, 0)       # of this KV head
+        part = (batch * n_kv_heads + kv_head) * n_parts
+        d_k = _add_parts(d_k, sinks_d_k_ptr, part, n_parts, first_k, n_sinks, TILE_K, D_HEAD, D)
+        d_v = _add_parts(d_v, sinks_d_v_ptr, part, n_parts, first_k, n_sinks, TILE_K, D_HEAD, D)
     d_k, d_v = _absorb_queries(
         d_k, d_v, k, v, key, first_k, q_rows, d_out_rows, lse_at, delta_at,
         kv_head * group, group, q_head, q_row, d_out_head, d_out_row,
         n_full, begin, full_begin, full_end, end, blocks_at, 0,
         terms_ptr, n_terms, low, high, n_sinks, n_q, n_k, scale_log2,
-        False, TILE_Q, TILE_K, BLOCK_Q, LISTED, SINKS, TERMS, STEPS, GRAINS, D_HEAD, D, PRECISION,
-        STAGES, TMA,
+        False, TILE_Q, TILE_K, BLOCK_Q, LISTED, SINKS and LISTED, TERMS, STEPS, GRAINS,
+        D_HEAD, D, PRECISION, STAGES, TMA,
     )
     d_k, d_v = _absorb_queries(
         d_k, d_v, k, v, key, first_k, q_rows, d_out_rows, lse_at, delta_at,
         kv_head * group, group, q_head, q_row, d_out_head, d_out_row,
         n_partial, begin, full_begin, full_end, end, blocks_at, n_full,
         terms_ptr, n_terms, low, high, n_sinks, n_q, n_k, scale_log2,
-        True, TILE_Q, TILE_K, BLOCK_Q, LISTED, SINKS, TERMS, STEPS, GRAINS, D_HEAD, D, PRECISION,
-        STAGES, TMA,
+        True, TILE_Q, TILE_K, BLOCK_Q, LISTED, SINKS and LISTED, TERMS, STEPS, GRAINS,
+        D_HEAD, D, PRECISION, STAGES, TMA,
     )
     d_k_at, d_v_at = d_k_ptr + batch * d_k_batch, d_v_ptr + batch * d_v_batch
     _store_rows(d_k_at, d_k * scale, kv_head, first_k, n_k, d_k_head, d_k_row, TILE_K, D_HEAD, D)
@@ -884,7 +954,9 @@ def sparse_attention_triton(
         BadInput: a shape, dtype, device, layout or scale is wrong, or the lists do not fit.
 
     Cost: forward 4 * d_head operations a pair in a live block and query head, backward 3.5 times
-    that. Memory: lse, the lists (4 bytes a pair of blocks), and delta in the backward pass.
+    that. Memory: lse, the lists (4 bytes a pair of blocks), and in the backward pass delta and, for
+    a window with sinks, 8 * d_head * n_sinks bytes a query head and a part of its queries, of
+    1,024 * ceil(n_sinks / 64) each.
     A pattern of more than two terms (many global tokens, random blocks) is slow where its blocks
     are partial: each term near a block is evaluated for every pair of it.
     Source: Dao et al. 2022 (FlashAttention), section 3.3, with the loops of FlashAttention-2.
@@ -957,7 +1029,7 @@ class Walk(NamedTuple):
     grid: Tensor            # (n_lists, row_blocks, col_blocks) int8 of chosen blocks, or empty
     low: int                # the window: low <= query - key <= high
     high: int
-    n_sinks: int
+    n_sinks: int            # no more than there are keys
     is_window: bool         # inside blocks the rule is that window and those sinks, nothing else
     from_terms: bool        # whether the lists come from the terms: no window, no chosen blocks
     steps: bool             # whether some band of the rule has a step, or a grain, other than 1
@@ -1005,6 +1077,7 @@ class Walk(NamedTuple):
             "TERMS": 0 if self.is_window else n_terms if n_terms <= MOST_UNROLLED else -1,
             "STEPS": self.steps and not self.is_window,
             "GRAINS": self.grains and not self.is_window,
+            "BLOCK_Q": self.block_q, "BLOCK_K": self.block_k,
         }  # fmt: skip
         scalars = (list_head, n_terms, self.low, self.high, self.n_sinks)
         return ((blocks, n_full, n_live, self.terms), scalars), constants
@@ -1018,7 +1091,8 @@ def _walk(q: Tensor, k: Tensor, grid: Tensor, terms: list[int], block_q: int, bl
         window = -FAR, FAR, 0       # only the end of the text makes a block partial
     low, high, n_sinks = window or (0, 0, 0)
     return Walk(
-        _table(tuple(terms), q.device), grid, low, high, n_sinks, window is not None, from_terms,
+        _table(tuple(terms), q.device), grid, low, high, min(n_sinks, n_k), window is not None,
+        from_terms,
         any(step != 1 for step in terms[3::8]), any(grain != 1 for grain in terms[::8]),
         block_q, block_k, n_q, n_k,
     )  # fmt: skip
@@ -1055,7 +1129,10 @@ def _table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _as_window(numbers: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """(low, high, n_sinks) if the terms are a window of whole diagonals, with or without sinks."""
+    """(low, high, n_sinks) if the terms are a window of whole diagonals, with or without sinks.
+
+    A window with sinks holds the query's own key: the sinks beyond it are all on one side.
+    """
     window, second, *others = (numbers[i : i + 8] for i in range(0, len(numbers), 8))
     if second != EVERYTHING or (window[0], *window[3:]) != (1, 1, -FAR, FAR, -FAR, FAR):
         return None
@@ -1063,6 +1140,8 @@ def _as_window(numbers: tuple[int, ...]) -> tuple[int, int, int] | None:
         return window[1], window[2], 0
     sinks = others[0]
     if len(others) > 2 or others[1] != EVERYTHING or sinks[:7] != (1, 0, FAR, 1, -FAR, FAR, -FAR):
+        return None
+    if not window[1] <= 0 <= window[2]:
         return None
     return window[1], window[2], sinks[7]
 
@@ -1180,7 +1259,7 @@ def forward_into(out, lse, q, k, v, *, walk: Walk, scale: float) -> None:
     _forward_kernel[(ceil_div(n_q, tiles.tile_q) * n_heads * batch,)](
         q, k, v, out, lse, *tensors, *_strides(q, k, v, out),
         n_heads, n_heads // n_kv_heads, n_q, n_k, *scalars, scale,
-        **_sizes(q), **constants, **_options(tiles, walk, k, v),
+        **_sizes(q), **constants, **_options(tiles, k, v),
     )  # fmt: skip
 
 
@@ -1200,17 +1279,50 @@ def backward_of(q, k, v, out, lse, d_out, d_lse, walk: Walk, scale: float):
         q, k, v, out, d_out, lse, d_lse.contiguous(), delta, d_q, *tensors,
         *_strides(q, k, v, out, d_out, d_q),
         n_heads, n_heads // n_kv_heads, n_q, n_k, *scalars, scale,
-        **sizes, **constants, **_options(tiles, walk, k, v),
+        **sizes, **constants, **_options(tiles, k, v),
     )  # fmt: skip
     lists = walk.lists(of_keys=True) if walk.listed else None
     (tensors, scalars), constants = walk.arguments(lists)
+    if constants["SINKS"] and not constants["LISTED"]:
+        *sinks, n_parts = _sink_parts(q, k, v, d_out, lse, delta, walk, scale)
+    else:
+        *sinks, n_parts = delta, delta, 0
     tiles = choose_tiles("backward_keys", d_head, q.dtype, walk)
     _backward_keys_kernel[(ceil_div(n_k, tiles.tile_k) * n_kv_heads * batch,)](
-        q, k, v, d_out, lse, delta, d_k, d_v, *tensors, *_strides(q, k, v, d_out, d_k, d_v),
-        n_kv_heads, n_heads // n_kv_heads, n_q, n_k, *scalars, scale,
-        **sizes, **constants, **_options(tiles, walk, q, d_out),
+        q, k, v, d_out, lse, delta, d_k, d_v, *sinks, *tensors,
+        *_strides(q, k, v, d_out, d_k, d_v),
+        n_kv_heads, n_heads // n_kv_heads, n_q, n_k, n_parts, *scalars, scale,
+        **sizes, **constants, **_options(tiles, q, d_out),
     )  # fmt: skip
     return d_q, d_k, d_v
+
+
+def _sink_parts(q, k, v, d_out, lse, delta, walk: Walk, scale: float) -> tuple[Tensor, Tensor, int]:
+    """d_k (not yet times scale) and d_v of the sinks from beyond the window, and parts a head.
+
+    How many parts depends on the shapes alone. The more sinks, the fewer parts: else a thousand
+    sinks would take many times the memory of q.
+    """
+    batch, n_heads, n_q, d_head = q.shape
+    n_k, n_sinks = k.shape[2], walk.n_sinks
+    part = SINK_PART * ceil_div(n_sinks, 64)
+    n_parts = ceil_div(n_q, part)
+    tiles = choose_tiles("backward_keys", d_head, q.dtype, walk)
+    tiles = tiles._replace(tile_k=sink_rows(tiles.tile_k, n_sinks))
+    shape = (2, batch * n_heads * n_parts, n_sinks, d_head)
+    d_k, d_v = q.new_empty(shape, dtype=torch.float32)
+    n_tiles = ceil_div(n_sinks, tiles.tile_k)
+    _sink_parts_kernel[(n_tiles * n_parts * n_heads * batch,)](
+        q, k, v, d_out, lse, delta, d_k, d_v, *_strides(q, k, v, d_out),
+        n_heads, n_heads // k.shape[1], n_q, n_k, part, walk.high + 1, n_sinks, scale,
+        **_sizes(q), **_options(tiles, q, d_out),
+    )  # fmt: skip
+    return d_k, d_v, n_parts
+
+
+def sink_rows(tile_k: int, n_sinks: int) -> int:
+    """Sinks of a tile, where a tile of keys has tile_k."""
+    return min(tile_k, max(16, triton.next_power_of_2(n_sinks)))
 
 
 class Tiles(NamedTuple):
@@ -1228,7 +1340,7 @@ TILES = {
     ("forward", 2, 64): Tiles(128, 128, 8, 2),
     ("forward", 2, 128): Tiles(128, 128, 8, 2),
     ("forward", 2, 256): Tiles(128, 64, 8, 2),
-    ("backward_keys", 2, 64): Tiles(128, 64, 4, 2),
+    ("backward_keys", 2, 64): Tiles(64, 128, 8, 3),     # with the rule theirs would spill
     ("backward_keys", 2, 128): Tiles(64, 128, 8, 3),
     ("backward_keys", 2, 256): Tiles(32, 32, 4, 2),
     ("backward_queries", 2, 64): Tiles(128, 64, 8, 3),
@@ -1325,7 +1437,7 @@ def _sizes(q: Tensor) -> dict:
     return {"D_HEAD": d_head, "D": _padded(d_head), "PRECISION": _precision(q.dtype)}
 
 
-def _options(tiles: Tiles, walk: Walk, *walked: Tensor) -> dict:
+def _options(tiles: Tiles, *walked: Tensor) -> dict:
     """`tiles` as the kernels take them. TMA needs addresses and strides in steps of 16 bytes."""
     aligned = all(
         x.data_ptr() % 16 == 0 and all(s and s * x.itemsize % 16 == 0 for s in x.stride()[:3])
@@ -1333,9 +1445,7 @@ def _options(tiles: Tiles, walk: Walk, *walked: Tensor) -> dict:
     )
     if tiles.tma and aligned:
         triton.set_allocator(_scratch)      # at each launch: every thread has a setting of its own
-    blocks = (walk.block_q, walk.block_k) if walk.listed else (tiles.tile_q, tiles.tile_k)
     return {
-        "BLOCK_Q": blocks[0], "BLOCK_K": blocks[1],
         "TILE_Q": tiles.tile_q, "TILE_K": tiles.tile_k, "STAGES": tiles.n_stages,
         "TMA": tiles.tma and aligned, "num_warps": tiles.n_warps,
     }  # fmt: skip
