@@ -25,14 +25,7 @@ from llmopt_lab.core.errors import BadInput
 from llmopt_lab.sparse_attention import kernels
 from llmopt_lab.sparse_attention.block_lists import cover, grids, lists_of
 from llmopt_lab.sparse_attention.cases import Sizes, attention_inputs, attention_oracle
-from llmopt_lab.sparse_attention.kernels import (
-    Tiles,
-    select_blocks,
-    sink_rows,
-    sparse_attention_triton,
-    tiles_for,
-    walk_of,
-)
+from llmopt_lab.sparse_attention.kernels import select_blocks, sparse_attention_triton, walk_of
 from llmopt_lab.sparse_attention.patterns import (
     Band,
     Causal,
@@ -51,6 +44,7 @@ from llmopt_lab.sparse_attention.patterns import (
     streaming,
 )
 from llmopt_lab.sparse_attention.select import top_blocks
+from llmopt_lab.sparse_attention.tiles import Tiles, sink_rows, tiles_for
 
 ONE = Sizes(33, 50, 16, 16, n_heads=2, n_kv_heads=1)
 SHAPES = [
@@ -453,7 +447,7 @@ def test_bfloat16_is_refused_by_the_interpreter():
 
 # --- compiled for GPUs that are not here
 
-MODULE = "llmopt_lab.sparse_attention.kernels"
+ROOM = "llmopt_lab.sparse_attention"
 CAPABILITIES = {
     "sm_75": (7, 5), "sm_80": (8, 0), "sm_89": (8, 9), "sm_90": (9, 0), "sm_100": (10, 0),
     "gfx942": None,
@@ -464,6 +458,10 @@ TENSORS = {
     "backward_keys": ("q", "k", "v", "d_out", "d_k", "d_v"),
     "backward_queries": ("q", "k", "v", "out", "d_out", "d_q"),
 }
+FILES = {
+    "forward": "kernels", "backward_keys": "backward_kernels",
+    "backward_queries": "backward_kernels",
+}  # fmt: skip
 RULES = {
     "window": {"LISTED": False, "SINKS": False, "TERMS": 0},
     "window and sinks": {"LISTED": False, "SINKS": True, "TERMS": 0},
@@ -485,7 +483,7 @@ def kernel_spec(target: str, kernel: str, dtype: str, d_head: int, rule: str) ->
     counts += ["low", "high", "n_sinks"]
     has_tf32 = CAPABILITIES[target] is not None and CAPABILITIES[target] >= (8, 0)
     return {
-        "kernel": f"{MODULE}:_{kernel}_kernel",
+        "kernel": f"{ROOM}.{FILES[kernel]}:_{kernel}_kernel",
         "target": target,
         "signature": {f"{x}_ptr": f"*{dtype}" for x in TENSORS[kernel]}
         | dict.fromkeys(["lse_ptr", "d_lse_ptr", "delta_ptr"], "*fp32")
@@ -512,7 +510,7 @@ def sinks_spec(target: str, dtype: str, d_head: int, n_sinks: int) -> dict:
     rows = sink_rows(spec["constexprs"]["TILE_K"], n_sinks)
     kept = ("D_HEAD", "D", "PRECISION", "TILE_Q", "STAGES", "TMA")
     return spec | {
-        "kernel": f"{MODULE}:_sink_parts_kernel",
+        "kernel": f"{ROOM}.backward_kernels:_sink_parts_kernel",
         "signature": spec["signature"] | {"d_k_ptr": "*fp32", "d_v_ptr": "*fp32", "part": "i32"},
         "constexprs": {name: spec["constexprs"][name] for name in kept} | {"TILE_K": rows},
     }
@@ -521,7 +519,7 @@ def sinks_spec(target: str, dtype: str, d_head: int, n_sinks: int) -> dict:
 def list_spec(target: str, from_terms: bool) -> dict:
     sizes = ("n_terms", "n_q", "n_k", "n_owners", "n_walked")
     return {
-        "kernel": f"{MODULE}:_list_kernel",
+        "kernel": f"{ROOM}.block_list_kernels:_list_kernel",
         "target": target,
         "signature": {f"{x}_ptr": "*i32" for x in ("terms", "blocks", "n_full", "n_live")}
         | {"grid_ptr": "*i8"}

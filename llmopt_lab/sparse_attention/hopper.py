@@ -352,8 +352,8 @@ def forward(
 ) -> None:
     """Fill `out`, like q, and `lse` (batch, n_heads, n_q), natural and float32.
 
-    walk: `kernels.Walk` of a window, with or without sinks. lists: its lists of key blocks, if it
-    has any.
+    walk: `block_list_kernels.Walk` of a window, with or without sinks. lists: its lists of key
+    blocks, if it has any.
     """
     batch, n_heads, n_q, d_head = q.shape
     n_kv_heads, n_k = k.shape[1:3]

@@ -1,0 +1,197 @@
+"""What every kernel does with a pattern: which tiles a program walks, and the rule inside one."""
+
+from llmopt_lab.core.device import prepare_triton
+from llmopt_lab.sparse_attention.block_list_kernels import FIELDS, _floor_div
+from llmopt_lab.sparse_attention.tiles import jit
+
+prepare_triton()
+
+import triton.language as tl
+
+# Which tiles a program walks
+
+
+@jit
+def _span(some_first, some_last, all_first, all_last, n, TILE: tl.constexpr):
+    """Tiles of [0, n): live ones [begin, end), of which [full_begin, full_end) are full.
+
+    [some_first, some_last] is what anybody sees or is seen by, [all_first, all_last] what all.
+    """
+    begin = tl.maximum(some_first, 0) // TILE
+    end = tl.maximum(tl.cdiv(tl.minimum(some_last + 1, n), TILE), begin)
+    full_begin = tl.minimum(tl.maximum(tl.cdiv(tl.maximum(all_first, 0), TILE), begin), end)
+    full_end = tl.maximum(tl.minimum(all_last + 1, n), 0) // TILE
+    full_end = tl.minimum(tl.maximum(full_end, full_begin), end)
+    return begin, full_begin, full_end, end
+
+
+@jit
+def _keys_of(
+    first_q, last_q, n_q, n_k, low, high, n_sinks, n_full_ptr, n_live_ptr, list_at,
+    TILE_K: tl.constexpr, BLOCK_K: tl.constexpr, LISTED: tl.constexpr, SINKS: tl.constexpr,
+):
+    """(full tiles, partial tiles, begin, full_begin, full_end, end) of keys of some queries."""
+    if LISTED:
+        per_block: tl.constexpr = BLOCK_K // TILE_K
+        n_full = tl.load(n_full_ptr + list_at) * per_block
+        n_partial = tl.load(n_live_ptr + list_at) * per_block - n_full
+        begin, full_begin, full_end, end = 0, 0, 0, 0
+    else:
+        first, last = first_q + n_k - n_q, last_q + n_k - n_q           # tokens
+        begin, full_begin, full_end, end = _span(
+            first - high, last - low, last - high, first - low, n_k, TILE_K
+        )
+        n_full = full_end - full_begin
+        n_partial = end - begin - n_full
+        if SINKS:
+            n_partial += tl.minimum(tl.cdiv(n_sinks, TILE_K), begin)
+    return n_full, n_partial, begin, full_begin, full_end, end
+
+
+@jit
+def _queries_of(
+    first_k, n_q, n_k, low, high, n_full_ptr, n_live_ptr, list_at,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, LISTED: tl.constexpr,
+):
+    """`_keys_of` the other way round: the tiles of queries that see some keys. Never for sinks."""
+    if LISTED:
+        per_block: tl.constexpr = BLOCK_Q // TILE_Q
+        n_full = tl.load(n_full_ptr + list_at) * per_block
+        n_partial = tl.load(n_live_ptr + list_at) * per_block - n_full
+        begin, full_begin, full_end, end = 0, 0, 0, 0
+    else:
+        first = first_k + n_q - n_k                                     # query of the same token
+        last = first + TILE_K - 1
+        begin, full_begin, full_end, end = _span(
+            first + low, last + high, last + low, first + high, n_q, TILE_Q
+        )
+        n_full = full_end - full_begin
+        n_partial = end - begin - n_full
+    return n_full, n_partial, begin, full_begin, full_end, end
+
+
+@jit
+def _tile_at(
+    step, begin, full_begin, full_end, end, blocks_at, n_before,
+    MASKED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, LISTED: tl.constexpr,
+):
+    """First row of the step-th full (or, MASKED, partial) tile."""
+    if LISTED:
+        per_block: tl.constexpr = BLOCK // TILE
+        block = tl.load(blocks_at + (n_before + step) // per_block)
+        first = block * BLOCK + (n_before + step) % per_block * TILE
+    elif MASKED:
+        # before the full ones, behind them, and then the sinks' from tile 0 on
+        behind = step - (full_begin - begin)
+        sink = behind - (end - full_end)
+        tile = tl.where(behind < 0, begin + step, tl.where(sink < 0, full_end + behind, sink))
+        first = tile * TILE
+    else:
+        first = (full_begin + step) * TILE
+    return first
+
+
+@jit
+def _from_both_ends(tile, n_tiles, LISTED: tl.constexpr):
+    """The order of the query tiles, heavy ones first: the last ones of a causal pattern.
+
+    Other patterns may have global tokens at both ends.
+    """
+    if LISTED:
+        tile = tl.where(tile % 2 == 0, n_tiles - 1 - tile // 2, tile // 2)
+    else:
+        tile = n_tiles - 1 - tile
+    return tile
+
+
+# The rule inside a block
+
+
+@jit
+def _seen(
+    row, col, top, left,            # tokens: (rows,) and (cols,), and the first of each
+    terms_ptr, n_terms, low, high, n_sinks,
+    SINKS: tl.constexpr, TERMS: tl.constexpr, STEPS: tl.constexpr, GRAINS: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,       # whether the result is (cols, rows)
+):
+    """Whether queries see keys, (rows, cols). TERMS 0: the window [low, high], and sinks with it.
+
+    Otherwise by the table of terms: so many of them, unrolled, or any number (-1).
+    """
+    back = _by_row(row, KEYS_FIRST) - _by_col(col, KEYS_FIRST)
+    if TERMS == 0:
+        seen = (back >= low) & (back <= high)
+        if SINKS:
+            seen = seen | (_by_col(col < n_sinks, KEYS_FIRST) & (back >= 0))
+    else:
+        seen = back < -(1 << 30)
+        if TERMS > 0:
+            for i in tl.static_range(TERMS):
+                at = terms_ptr + i * FIELDS
+                seen = seen | _term(row, col, back, at, STEPS, GRAINS, KEYS_FIRST)
+        else:
+            for i in range(n_terms):
+                at = terms_ptr + i * FIELDS
+                grain = tl.load(at)
+                near = (
+                    (_floor_div(top + row.shape[0] - 1, grain) >= tl.load(at + 4))
+                    & (_floor_div(top, grain) < tl.load(at + 5))
+                    & ((left + col.shape[0] - 1) // grain >= tl.load(at + 6))
+                    & (left // grain < tl.load(at + 7))
+                )
+                if near:
+                    seen = seen | _term(row, col, back, at, STEPS, GRAINS, KEYS_FIRST)
+    return seen
+
+
+@jit
+def _by_row(x, KEYS_FIRST: tl.constexpr):
+    if KEYS_FIRST:
+        x = x[None, :]
+    else:
+        x = x[:, None]
+    return x
+
+
+@jit
+def _by_col(x, KEYS_FIRST: tl.constexpr):
+    if KEYS_FIRST:
+        x = x[:, None]
+    else:
+        x = x[None, :]
+    return x
+
+
+@jit
+def _term(
+    row, col, back, at, STEPS: tl.constexpr, GRAINS: tl.constexpr, KEYS_FIRST: tl.constexpr,
+):
+    held = _band(row, col, back, at, STEPS, GRAINS, KEYS_FIRST)
+    if GRAINS:                      # only then has a term two bands
+        held = held & _band(row, col, back, at + 8, STEPS, GRAINS, KEYS_FIRST)
+    return held
+
+
+@jit
+def _band(
+    row, col, back, at, STEPS: tl.constexpr, GRAINS: tl.constexpr, KEYS_FIRST: tl.constexpr,
+):
+    """Which of these pairs one band holds."""
+    low, high = tl.load(at + 1), tl.load(at + 2)
+    r, c = row, col
+    if GRAINS:
+        grain = tl.load(at)
+        r, c = _floor_div(row, grain), col // grain
+        back = _by_row(r, KEYS_FIRST) - _by_col(c, KEYS_FIRST)
+    row_ok = (r >= tl.load(at + 4)) & (r < tl.load(at + 5))
+    col_ok = (c >= tl.load(at + 6)) & (c < tl.load(at + 7))
+    held = (back >= low) & (back <= high)
+    if STEPS:
+        # a distance is a multiple of step if both leave the same rest; -1 and -2 equal no rest
+        step = tl.load(at + 3)
+        row_rest = tl.where(row_ok, r - _floor_div(r, step) * step, -1)
+        col_rest = tl.where(col_ok, c % step, -2)
+        held = held & (_by_row(row_rest, KEYS_FIRST) == _by_col(col_rest, KEYS_FIRST))
+    else:
+        held = held & _by_row(row_ok, KEYS_FIRST) & _by_col(col_ok, KEYS_FIRST)
+    return held
