@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from test_architecture import MAY_IMPORT_TRITON, kind
 
 from llmopt_lab import badges, cli, doctor
 from llmopt_lab.core.errors import BadInput
@@ -161,17 +162,16 @@ def import_without(blocked: str, modules: list[str]) -> None:
     assert done.stdout.strip() == f"imported {len(modules)}", done.stderr
 
 
-def modules_below(folder: str, *, without: tuple[str, ...] = ()) -> list[str]:
+def modules_below(folder: str) -> list[str]:
+    """All but those that are there for Triton: test_architecture.py holds the others to that."""
     paths = sorted((ROOT / "llmopt_lab" / folder).rglob("*.py"))
+    paths = [path for path in paths if kind(path.stem) not in MAY_IMPORT_TRITON]
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in paths]
-    return [n.removesuffix(".__init__") for n in names if n.rsplit(".")[-1] not in without]
+    return [name.removesuffix(".__init__") for name in names]
 
 
 def test_every_room_imports_without_triton_widgets_and_notebooks():
-    modules = [
-        name for room in cli.rooms() for name in modules_below(room, without=("kernels", "hopper"))
-    ]
-    modules += modules_below("core", without=("triton_check",)) + modules_below("nn")
+    modules = [name for folder in (*cli.rooms(), "core", "nn") for name in modules_below(folder)]
     modules += ["llmopt_lab.widgets", "llmopt_lab.widgets.panels", "llmopt_lab.widgets.draw"]
     import_without("triton,anywidget,ipywidgets,IPython,matplotlib,beartype,pytest", modules)
 
