@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 import aot
 from saved import gradients_of_saved
 
+from llmopt_lab.core.attention_kernels import Tiles
 from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.errors import BadInput
 from llmopt_lab.sparse_attention import kernels
@@ -44,7 +45,7 @@ from llmopt_lab.sparse_attention.patterns import (
     streaming,
 )
 from llmopt_lab.sparse_attention.select import top_blocks
-from llmopt_lab.sparse_attention.tiles import Tiles, sink_rows, tiles_for
+from llmopt_lab.sparse_attention.tiles import sink_rows, tiles_for
 
 ONE = Sizes(33, 50, 16, 16, n_heads=2, n_kv_heads=1)
 SHAPES = [
@@ -458,10 +459,11 @@ TENSORS = {
     "backward_keys": ("q", "k", "v", "d_out", "d_k", "d_v"),
     "backward_queries": ("q", "k", "v", "out", "d_out", "d_q"),
 }
-FILES = {
-    "forward": "kernels", "backward_keys": "backward_kernels",
-    "backward_queries": "backward_kernels",
-}  # fmt: skip
+PLACES = {
+    "forward": "kernels:_forward_kernel",
+    "backward_keys": "backward_kernels:backward_keys_kernel",
+    "backward_queries": "backward_kernels:backward_queries_kernel",
+}
 RULES = {
     "window": {"LISTED": False, "SINKS": False, "TERMS": 0},
     "window and sinks": {"LISTED": False, "SINKS": True, "TERMS": 0},
@@ -483,7 +485,7 @@ def kernel_spec(target: str, kernel: str, dtype: str, d_head: int, rule: str) ->
     counts += ["low", "high", "n_sinks"]
     has_tf32 = CAPABILITIES[target] is not None and CAPABILITIES[target] >= (8, 0)
     return {
-        "kernel": f"{ROOM}.{FILES[kernel]}:_{kernel}_kernel",
+        "kernel": f"{ROOM}.{PLACES[kernel]}",
         "target": target,
         "signature": {f"{x}_ptr": f"*{dtype}" for x in TENSORS[kernel]}
         | dict.fromkeys(["lse_ptr", "d_lse_ptr", "delta_ptr"], "*fp32")
@@ -505,12 +507,12 @@ def kernel_spec(target: str, kernel: str, dtype: str, d_head: int, rule: str) ->
 
 
 def sinks_spec(target: str, dtype: str, d_head: int, n_sinks: int) -> dict:
-    """Of `_sink_parts_kernel`: the tiles and constants are those of the keys, but for the sinks."""
+    """Of `sink_parts_kernel`: the tiles and constants are those of the keys, but for the sinks."""
     spec = kernel_spec(target, "backward_keys", dtype, d_head, "window and sinks")
     rows = sink_rows(spec["constexprs"]["TILE_K"], n_sinks)
     kept = ("D_HEAD", "D", "PRECISION", "TILE_Q", "STAGES", "TMA")
     return spec | {
-        "kernel": f"{ROOM}.backward_kernels:_sink_parts_kernel",
+        "kernel": f"{ROOM}.backward_kernels:sink_parts_kernel",
         "signature": spec["signature"] | {"d_k_ptr": "*fp32", "d_v_ptr": "*fp32", "part": "i32"},
         "constexprs": {name: spec["constexprs"][name] for name in kept} | {"TILE_K": rows},
     }
@@ -553,8 +555,8 @@ def specs_of(target: str) -> list[dict]:
 
 # bytes a thread, at most: the rule needs registers beside the tiles that flash attention fills
 SPILLS = {
-    ("_backward_keys_kernel", 128): 68,
-    ("_backward_queries_kernel", 128): 16,
+    ("backward_keys_kernel", 128): 68,
+    ("backward_queries_kernel", 128): 16,
 }
 
 

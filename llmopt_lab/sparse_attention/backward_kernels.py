@@ -4,23 +4,23 @@ A third makes the gradients of sinks from beyond the window in parts, which the 
 adds. `kernels.py` launches them.
 """
 
+from llmopt_lab.core.attention_kernels import (
+    LOG2_E,
+    jit,
+    load_rows,
+    owned,
+    rows_of,
+    store_rows,
+)
 from llmopt_lab.core.device import prepare_triton
 from llmopt_lab.sparse_attention.rule_kernels import (
-    _from_both_ends,
-    _keys_of,
-    _queries_of,
-    _seen,
-    _tile_at,
+    from_both_ends,
+    keys_of,
+    pairs_seen,
+    queries_of,
+    tile_at,
 )
-from llmopt_lab.sparse_attention.tiles import (
-    LOG2_E,
-    _load_rows,
-    _owned,
-    _rows_of,
-    _store_rows,
-    jit,
-    sized_jit,
-)
+from llmopt_lab.sparse_attention.tiles import sized_jit
 
 prepare_triton()
 
@@ -32,7 +32,7 @@ def _absorb_queries(
     d_k, d_v, k, v, key, first_k,   # (TILE_K, D) each, (TILE_K,), int: this program's keys
     q_rows, d_out_rows, lse_at, delta_at,                               # of all heads
     first_head, group, q_head, q_row, d_out_head, d_out_row,
-    n_tiles, begin, full_begin, full_end, end, blocks_at, n_before,     # as `_tile_at`
+    n_tiles, begin, full_begin, full_end, end, blocks_at, n_before,     # as `tile_at`
     terms_ptr, n_terms, low, high, n_sinks, n_q, n_k, scale_log2,
     MASKED: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, LISTED: tl.constexpr,
@@ -48,13 +48,13 @@ def _absorb_queries(
     per_head = tl.maximum(n_tiles, 1)       # the pipeline divides before it knows of no tiles
     for step in tl.range(0, group * n_tiles, num_stages=STAGES):
         head = first_head + step // per_head
-        first = _tile_at(
+        first = tile_at(
             step % per_head, begin, full_begin, full_end, end, blocks_at, n_before,
             MASKED, TILE_Q, BLOCK_Q, LISTED,
         )
         row = first + tl.arange(0, TILE_Q)                              # (TILE_Q,)
         at = tl.cast(head, tl.int64) * n_q + row                        # (TILE_Q,)
-        q = _load_rows(
+        q = load_rows(
             q_rows, head, first, n_q, q_head, q_row, TILE_Q, D_HEAD, D, TMA, CHECKED=True
         )
         # past the end p must be 0, whatever the keys: exp2(score - inf)
@@ -63,12 +63,12 @@ def _absorb_queries(
         p = tl.exp2(scores * scale_log2 - (lse * LOG2_E)[None, :])
         if MASKED:
             token = row + n_k - n_q                                     # (TILE_Q,)
-            seen = _seen(
+            seen = pairs_seen(
                 token, key, first + n_k - n_q, first_k, terms_ptr, n_terms, low, high, n_sinks,
                 SINKS, TERMS, STEPS, GRAINS, True,
             )
             p = tl.where(seen, p, 0.0)
-        d_out = _load_rows(
+        d_out = load_rows(
             d_out_rows, head, first, n_q, d_out_head, d_out_row,
             TILE_Q, D_HEAD, D, TMA, CHECKED=True,
         )
@@ -83,7 +83,7 @@ def _absorb_queries(
 
 
 @sized_jit
-def _sink_parts_kernel(
+def sink_parts_kernel(
     q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr,
     d_k_ptr, d_v_ptr,               # (batch * n_heads * n_parts, n_sinks, D_HEAD) float32
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
@@ -99,20 +99,20 @@ def _sink_parts_kernel(
     """
     n_tiles = tl.cdiv(n_sinks, TILE_K)
     n_parts = tl.cdiv(n_q, part)
-    tile, head, batch = _owned(n_tiles * n_parts, n_heads)
+    tile, head, batch = owned(n_tiles * n_parts, n_heads)
     first_k = tile % n_tiles * TILE_K
     first_q = tile // n_tiles * part
-    k = _load_rows(
+    k = load_rows(
         k_ptr + batch * k_batch, head // group, first_k, n_k, k_head, k_row,
         TILE_K, D_HEAD, D, False, CHECKED=True,
     )
-    v = _load_rows(
+    v = load_rows(
         v_ptr + batch * v_batch, head // group, first_k, n_k, v_head, v_row,
         TILE_K, D_HEAD, D, False, CHECKED=True,
     )
     q_at, d_out_at = q_ptr + batch * q_batch, d_out_ptr + batch * d_out_batch
-    q_rows = _rows_of(q_at, n_heads, n_q, q_head, q_row, TILE_Q, D_HEAD, D, TMA)
-    d_out_rows = _rows_of(d_out_at, n_heads, n_q, d_out_head, d_out_row, TILE_Q, D_HEAD, D, TMA)
+    q_rows = rows_of(q_at, n_heads, n_q, q_head, q_row, TILE_Q, D_HEAD, D, TMA)
+    d_out_rows = rows_of(d_out_at, n_heads, n_q, d_out_head, d_out_row, TILE_Q, D_HEAD, D, TMA)
     begin = tl.maximum(first_k + low + n_q - n_k, first_q) // TILE_Q
     end = tl.maximum(tl.cdiv(tl.minimum(first_q + part, n_q), TILE_Q), begin)
 
@@ -129,8 +129,8 @@ def _sink_parts_kernel(
     )
     at = (batch * n_heads + head) * n_parts + tile // n_tiles
     part_size = n_sinks * D_HEAD
-    _store_rows(d_k_ptr, d_k, at, first_k, n_sinks, part_size, D_HEAD, TILE_K, D_HEAD, D)
-    _store_rows(d_v_ptr, d_v, at, first_k, n_sinks, part_size, D_HEAD, TILE_K, D_HEAD, D)
+    store_rows(d_k_ptr, d_k, at, first_k, n_sinks, part_size, D_HEAD, TILE_K, D_HEAD, D)
+    store_rows(d_v_ptr, d_v, at, first_k, n_sinks, part_size, D_HEAD, TILE_K, D_HEAD, D)
 
 
 @jit
@@ -140,7 +140,7 @@ def _add_parts(
 ):
     """Rows [first, first + ROWS) of so many parts, from `part` on, in their order."""
     for i in range(n_parts):
-        total += _load_rows(
+        total += load_rows(
             parts_ptr, part + i, first, n_sinks, n_sinks * D_HEAD, D_HEAD, ROWS, D_HEAD, D, False,
             CHECKED=True,
         )
@@ -148,10 +148,10 @@ def _add_parts(
 
 
 @sized_jit
-def _backward_keys_kernel(
+def backward_keys_kernel(
     q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr,
     d_k_ptr, d_v_ptr,               # like k and v
-    sinks_d_k_ptr, sinks_d_v_ptr,   # parts, of `_sink_parts_kernel`
+    sinks_d_k_ptr, sinks_d_v_ptr,   # parts, of `sink_parts_kernel`
     blocks_ptr, n_full_ptr, n_live_ptr, terms_ptr,      # lists of query blocks, terms
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     d_out_batch, d_out_head, d_out_row, d_k_batch, d_k_head, d_k_row, d_v_batch, d_v_head, d_v_row,
@@ -166,26 +166,26 @@ def _backward_keys_kernel(
 
     Of sinks without lists it takes the window, and the rest from the parts that others made.
     """
-    tile, kv_head, batch = _owned(tl.cdiv(n_k, TILE_K), n_kv_heads)
+    tile, kv_head, batch = owned(tl.cdiv(n_k, TILE_K), n_kv_heads)
     first_k = tile * TILE_K     # the first tile first: sinks and causal patterns make it heavy
     scale_log2 = scale * LOG2_E
     n_heads = n_kv_heads * group
-    k = _load_rows(
+    k = load_rows(
         k_ptr + batch * k_batch, kv_head, first_k, n_k, k_head, k_row,
         TILE_K, D_HEAD, D, False, CHECKED=True,
     )
-    v = _load_rows(
+    v = load_rows(
         v_ptr + batch * v_batch, kv_head, first_k, n_k, v_head, v_row,
         TILE_K, D_HEAD, D, False, CHECKED=True,
     )
     key = first_k + tl.arange(0, TILE_K)                                # (TILE_K,)
     q_at, d_out_at = q_ptr + batch * q_batch, d_out_ptr + batch * d_out_batch
-    q_rows = _rows_of(q_at, n_heads, n_q, q_head, q_row, TILE_Q, D_HEAD, D, TMA)
-    d_out_rows = _rows_of(d_out_at, n_heads, n_q, d_out_head, d_out_row, TILE_Q, D_HEAD, D, TMA)
+    q_rows = rows_of(q_at, n_heads, n_q, q_head, q_row, TILE_Q, D_HEAD, D, TMA)
+    d_out_rows = rows_of(d_out_at, n_heads, n_q, d_out_head, d_out_row, TILE_Q, D_HEAD, D, TMA)
     lse_at, delta_at = lse_ptr + batch * n_heads * n_q, delta_ptr + batch * n_heads * n_q
     list_at = (batch * n_kv_heads + kv_head) * list_head + first_k // BLOCK_K
     blocks_at = blocks_ptr + list_at * tl.cdiv(n_q, BLOCK_Q)
-    n_full, n_partial, begin, full_begin, full_end, end = _queries_of(
+    n_full, n_partial, begin, full_begin, full_end, end = queries_of(
         first_k, n_q, n_k, low, high, n_full_ptr, n_live_ptr, list_at,
         TILE_Q, TILE_K, BLOCK_Q, LISTED,
     )
@@ -214,8 +214,8 @@ def _backward_keys_kernel(
         D_HEAD, D, PRECISION, STAGES, TMA,
     )
     d_k_at, d_v_at = d_k_ptr + batch * d_k_batch, d_v_ptr + batch * d_v_batch
-    _store_rows(d_k_at, d_k * scale, kv_head, first_k, n_k, d_k_head, d_k_row, TILE_K, D_HEAD, D)
-    _store_rows(d_v_at, d_v, kv_head, first_k, n_k, d_v_head, d_v_row, TILE_K, D_HEAD, D)
+    store_rows(d_k_at, d_k * scale, kv_head, first_k, n_k, d_k_head, d_k_row, TILE_K, D_HEAD, D)
+    store_rows(d_v_at, d_v, kv_head, first_k, n_k, d_v_head, d_v_row, TILE_K, D_HEAD, D)
 
 
 @jit
@@ -223,7 +223,7 @@ def _absorb_keys(
     d_q, q, d_out,                  # (TILE_Q, D) each: this program's queries
     lse, delta, token, top,         # (TILE_Q,) each, and the first token
     k_rows, v_rows, kv_head, k_head, k_row, v_head, v_row,
-    n_tiles, begin, full_begin, full_end, end, blocks_at, n_before,     # as `_tile_at`
+    n_tiles, begin, full_begin, full_end, end, blocks_at, n_before,     # as `tile_at`
     terms_ptr, n_terms, low, high, n_sinks, n_k, scale_log2,
     MASKED: tl.constexpr, TILE_K: tl.constexpr, BLOCK_K: tl.constexpr, LISTED: tl.constexpr,
     SINKS: tl.constexpr, TERMS: tl.constexpr, STEPS: tl.constexpr, GRAINS: tl.constexpr,
@@ -232,21 +232,21 @@ def _absorb_keys(
 ):
     """What the full, or the partial, tiles of keys send to these queries."""
     for step in tl.range(0, n_tiles, num_stages=STAGES):
-        first = _tile_at(
+        first = tile_at(
             step, begin, full_begin, full_end, end, blocks_at, n_before,
             MASKED, TILE_K, BLOCK_K, LISTED,
         )
-        k = _load_rows(
+        k = load_rows(
             k_rows, kv_head, first, n_k, k_head, k_row, TILE_K, D_HEAD, D, TMA, CHECKED=MASKED
         )
-        v = _load_rows(
+        v = load_rows(
             v_rows, kv_head, first, n_k, v_head, v_row, TILE_K, D_HEAD, D, TMA, CHECKED=MASKED
         )
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)      # (TILE_Q, TILE_K)
         p = tl.exp2(scores * scale_log2 - (lse * LOG2_E)[:, None])
         if MASKED:
             key = first + tl.arange(0, TILE_K)                          # (TILE_K,)
-            seen = _seen(
+            seen = pairs_seen(
                 token, key, top, first, terms_ptr, n_terms, low, high, n_sinks,
                 SINKS, TERMS, STEPS, GRAINS, False,
             )
@@ -258,7 +258,7 @@ def _absorb_keys(
 
 
 @sized_jit
-def _backward_queries_kernel(
+def backward_queries_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, d_out_ptr,
     lse_ptr, d_lse_ptr, delta_ptr,  # (batch, n_heads, n_q) float32, contiguous; delta is a result
     d_q_ptr,                        # like q
@@ -277,25 +277,25 @@ def _backward_queries_kernel(
 
     And their delta = rowsum(d_out * out) - d_lse, with which dS is P * (dP - delta).
     """
-    tile, head, batch = _owned(tl.cdiv(n_q, TILE_Q), n_heads)
+    tile, head, batch = owned(tl.cdiv(n_q, TILE_Q), n_heads)
     kv_head = head // group
-    first_q = _from_both_ends(tile, tl.cdiv(n_q, TILE_Q), LISTED) * TILE_Q
+    first_q = from_both_ends(tile, tl.cdiv(n_q, TILE_Q), LISTED) * TILE_Q
     scale_log2 = scale * LOG2_E
     k_at, v_at = k_ptr + batch * k_batch, v_ptr + batch * v_batch
-    k_rows = _rows_of(k_at, n_heads // group, n_k, k_head, k_row, TILE_K, D_HEAD, D, TMA)
-    v_rows = _rows_of(v_at, n_heads // group, n_k, v_head, v_row, TILE_K, D_HEAD, D, TMA)
+    k_rows = rows_of(k_at, n_heads // group, n_k, k_head, k_row, TILE_K, D_HEAD, D, TMA)
+    v_rows = rows_of(v_at, n_heads // group, n_k, v_head, v_row, TILE_K, D_HEAD, D, TMA)
     q_at = q_ptr + batch * q_batch
-    q = _load_rows(
+    q = load_rows(
         q_at, head, first_q, n_q, q_head, q_row, TILE_Q, D_HEAD, D, False, CHECKED=True
     )
     d_out_at = d_out_ptr + batch * d_out_batch
-    d_out = _load_rows(
+    d_out = load_rows(
         d_out_at, head, first_q, n_q, d_out_head, d_out_row, TILE_Q, D_HEAD, D, False, CHECKED=True
     )
     row = first_q + tl.arange(0, TILE_Q)                                # (TILE_Q,)
     at = (batch * n_heads + head) * n_q + row                           # (TILE_Q,)
     lse = tl.load(lse_ptr + at, row < n_q, other=float("inf"))
-    out = _load_rows(
+    out = load_rows(
         out_ptr + batch * out_batch, head, first_q, n_q, out_head, out_row,
         TILE_Q, D_HEAD, D, False, CHECKED=True,
     )
@@ -304,7 +304,7 @@ def _backward_queries_kernel(
     tl.store(delta_ptr + at, delta, row < n_q)
     list_at = (batch * (n_heads // group) + kv_head) * list_head + first_q // BLOCK_Q
     blocks_at = blocks_ptr + list_at * tl.cdiv(n_k, BLOCK_K)
-    n_full, n_partial, begin, full_begin, full_end, end = _keys_of(
+    n_full, n_partial, begin, full_begin, full_end, end = keys_of(
         first_q, tl.minimum(first_q + TILE_Q, n_q) - 1, n_q, n_k, low, high, n_sinks,
         n_full_ptr, n_live_ptr, list_at, TILE_K, BLOCK_K, LISTED, SINKS,
     )
@@ -327,4 +327,4 @@ def _backward_queries_kernel(
         TMA,
     )
     d_q_at = d_q_ptr + batch * d_q_batch
-    _store_rows(d_q_at, d_q * scale, head, first_q, n_q, d_q_head, d_q_row, TILE_Q, D_HEAD, D)
+    store_rows(d_q_at, d_q * scale, head, first_q, n_q, d_q_head, d_q_row, TILE_Q, D_HEAD, D)

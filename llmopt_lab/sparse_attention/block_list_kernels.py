@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llmopt_lab.core.attention_kernels import jit
 from llmopt_lab.core.device import gpu_facts, prepare_triton
 from llmopt_lab.core.errors import require
 from llmopt_lab.core.memory import ceil_div
 from llmopt_lab.sparse_attention.records import BlockLists
-from llmopt_lab.sparse_attention.tiles import jit
 
 prepare_triton()
 
@@ -32,7 +32,7 @@ PARTIAL, FULL = tl.constexpr(1), tl.constexpr(2)
 
 
 @jit
-def _floor_div(a, b):
+def floor_div(a, b):
     rest = (a % b + b) % b      # a % b has the sign of a on a GPU, of b under the interpreter
     return (a - rest) // b
 
@@ -45,14 +45,14 @@ def _held(
     grain, low, high, step = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
     row_begin, row_end = tl.load(at + 4), tl.load(at + 5)
     col_begin, col_end = tl.load(at + 6), tl.load(at + 7)
-    top, bottom = _floor_div(first_row, grain), _floor_div(last_row, grain)
+    top, bottom = floor_div(first_row, grain), floor_div(last_row, grain)
     left, right = first_col // grain, last_col // grain
     top_in, bottom_in = tl.maximum(top, row_begin), tl.minimum(bottom, row_end - 1)
     left_in, right_in = tl.maximum(left, col_begin), tl.minimum(right, col_end - 1)
     lowest = tl.maximum(top_in - right_in, low)                         # of row - col
     highest = tl.minimum(bottom_in - left_in, high)
     some = (
-        (_floor_div(highest, step) * step >= lowest) & (top_in <= bottom_in)
+        (floor_div(highest, step) * step >= lowest) & (top_in <= bottom_in)
         & (left_in <= right_in)
     )
     one_diagonal = (top == bottom) & (left == right) & ((top - left) % step == 0)
@@ -76,7 +76,7 @@ def _near(
     else:
         begin, end = tl.load(at + 4, ok, other=1), tl.load(at + 5, ok, other=0)
         token = owner * BLOCK_Q + n_k - n_q
-        first, last = _floor_div(token, grain), _floor_div(token + BLOCK_Q - 1, grain)
+        first, last = floor_div(token, grain), floor_div(token + BLOCK_Q - 1, grain)
     return ok & (first < end) & (last >= begin)
 
 
@@ -342,7 +342,7 @@ def grid_of(lists: BlockLists) -> Tensor:
 
 
 @jit
-def _select_kernel(
+def select_kernel(
     scores_ptr,                     # (n_lists, n_rows, n_cols) float32
     terms_ptr, n_terms,             # blocks that hold none of these pairs are never chosen
     always_ptr, n_always,           # blocks that hold one of these are always

@@ -11,54 +11,51 @@ and rule, which both follow, in `rule_kernels.py`, lists in `block_list_kernels.
 in `tiles.py`.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
-from llmopt_lab.core.device import gpu_facts, interpreting, prepare_triton
+from llmopt_lab.core.attention_kernels import (
+    LOG2_E,
+    Tiles,
+    check_qkv,
+    empty_like,
+    is_walkable,
+    jit,
+    load_rows,
+    options_of,
+    owned,
+    rows_of,
+    scale_of,
+    store_rows,
+    strides_of,
+)
+from llmopt_lab.core.device import gpu_facts, prepare_triton
 from llmopt_lab.core.errors import require
 from llmopt_lab.core.memory import ceil_div
 from llmopt_lab.sparse_attention import hopper
 from llmopt_lab.sparse_attention.backward_kernels import (
-    _backward_keys_kernel,
-    _backward_queries_kernel,
-    _sink_parts_kernel,
+    backward_keys_kernel,
+    backward_queries_kernel,
+    sink_parts_kernel,
 )
 from llmopt_lab.sparse_attention.block_list_kernels import (
     Walk,
-    _select_kernel,
     choose_blocks,
     grid_of,
     numbers_of,
+    select_kernel,
     table_of,
     walk_from,
 )
 from llmopt_lab.sparse_attention.records import BlockLists
-from llmopt_lab.sparse_attention.rule_kernels import _from_both_ends, _keys_of, _seen, _tile_at
-from llmopt_lab.sparse_attention.tiles import (
-    LOG2_E,
-    Tiles,
-    _load_rows,
-    _owned,
-    _rows_of,
-    _store_rows,
-    jit,
-    options_of,
-    sink_rows,
-    sized_jit,
-    sizes_of,
-    strides_of,
-    tiles_for,
-)
+from llmopt_lab.sparse_attention.rule_kernels import from_both_ends, keys_of, pairs_seen, tile_at
+from llmopt_lab.sparse_attention.tiles import sink_rows, sized_jit, sizes_of, tiles_for
 
 prepare_triton()
 
 import triton
 import triton.language as tl
 
-MAX_D = 256
-MAX_ROW_STRIDE = 1 << 24                    # elements
 SINK_PART = 1024                            # queries of a part for each 64 sinks
 
 
@@ -67,7 +64,7 @@ def _absorb(
     m, total, acc,                  # (TILE_Q,), (TILE_Q,), (TILE_Q, D): the softmax so far
     q, token, top,                  # (TILE_Q, D), (TILE_Q,): the queries, their tokens, the first
     k_rows, v_rows, kv_head, k_head, k_row, v_head, v_row,
-    n_tiles, begin, full_begin, full_end, end, blocks_at, n_before,     # as `_tile_at`
+    n_tiles, begin, full_begin, full_end, end, blocks_at, n_before,     # as `tile_at`
     terms_ptr, n_terms, low, high, n_sinks, n_k, scale_log2,
     MASKED: tl.constexpr,           # whether some row sees only a part of these keys
     TILE_K: tl.constexpr, BLOCK_K: tl.constexpr, LISTED: tl.constexpr,
@@ -77,20 +74,20 @@ def _absorb(
 ):
     """Fold the full, or the partial, tiles of keys into the running softmax."""
     for step in tl.range(0, n_tiles, num_stages=STAGES):
-        first = _tile_at(
+        first = tile_at(
             step, begin, full_begin, full_end, end, blocks_at, n_before,
             MASKED, TILE_K, BLOCK_K, LISTED,
         )
-        k = _load_rows(
+        k = load_rows(
             k_rows, kv_head, first, n_k, k_head, k_row, TILE_K, D_HEAD, D, TMA, CHECKED=MASKED
         )
-        v = _load_rows(
+        v = load_rows(
             v_rows, kv_head, first, n_k, v_head, v_row, TILE_K, D_HEAD, D, TMA, CHECKED=MASKED
         )
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)      # (TILE_Q, TILE_K)
         if MASKED:
             key = first + tl.arange(0, TILE_K)                          # (TILE_K,)
-            seen = _seen(
+            seen = pairs_seen(
                 token, key, top, first, terms_ptr, n_terms, low, high, n_sinks,
                 SINKS, TERMS, STEPS, GRAINS, False,
             )
@@ -130,22 +127,22 @@ def _forward_kernel(
 
     `list_head` is the number of lists a KV head has: 0 where all heads share them.
     """
-    tile, head, batch = _owned(tl.cdiv(n_q, TILE_Q), n_heads)
+    tile, head, batch = owned(tl.cdiv(n_q, TILE_Q), n_heads)
     kv_head = head // group
-    first_q = _from_both_ends(tile, tl.cdiv(n_q, TILE_Q), LISTED) * TILE_Q
+    first_q = from_both_ends(tile, tl.cdiv(n_q, TILE_Q), LISTED) * TILE_Q
     scale_log2 = scale * LOG2_E
     k_at, v_at = k_ptr + batch * k_batch, v_ptr + batch * v_batch
-    k_rows = _rows_of(k_at, n_heads // group, n_k, k_head, k_row, TILE_K, D_HEAD, D, TMA)
-    v_rows = _rows_of(v_at, n_heads // group, n_k, v_head, v_row, TILE_K, D_HEAD, D, TMA)
+    k_rows = rows_of(k_at, n_heads // group, n_k, k_head, k_row, TILE_K, D_HEAD, D, TMA)
+    v_rows = rows_of(v_at, n_heads // group, n_k, v_head, v_row, TILE_K, D_HEAD, D, TMA)
     q_at = q_ptr + batch * q_batch
-    q = _load_rows(
+    q = load_rows(
         q_at, head, first_q, n_q, q_head, q_row, TILE_Q, D_HEAD, D, False, CHECKED=True
     )
     row = first_q + tl.arange(0, TILE_Q)                                # (TILE_Q,)
     token = row + n_k - n_q
     list_at = (batch * (n_heads // group) + kv_head) * list_head + first_q // BLOCK_Q
     blocks_at = blocks_ptr + list_at * tl.cdiv(n_k, BLOCK_K)
-    n_full, n_partial, begin, full_begin, full_end, end = _keys_of(
+    n_full, n_partial, begin, full_begin, full_end, end = keys_of(
         first_q, tl.minimum(first_q + TILE_Q, n_q) - 1, n_q, n_k, low, high, n_sinks,
         n_full_ptr, n_live_ptr, list_at, TILE_K, BLOCK_K, LISTED, SINKS,
     )
@@ -173,7 +170,7 @@ def _forward_kernel(
     total = tl.where(total == 0, 1.0, total)    # a row that saw no key: out 0, lse -inf (from m)
     out_at = out_ptr + batch * out_batch
     acc = acc / total[:, None]
-    _store_rows(out_at, acc, head, first_q, n_q, out_head, out_row, TILE_Q, D_HEAD, D)
+    store_rows(out_at, acc, head, first_q, n_q, out_head, out_row, TILE_Q, D_HEAD, D)
     lse = (m + tl.log2(total)) / LOG2_E                                 # (TILE_Q,)
     tl.store(lse_ptr + (batch * n_heads + head) * n_q + row, lse, row < n_q)
 
@@ -238,12 +235,12 @@ def _sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, grid: Tensor, terms: list[int], block_q: int, block_k: int,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _forward(q, k, v, walk_from(q, k, grid, terms, block_q, block_k), _scale_of(q, scale))
+    return _forward(q, k, v, walk_from(q, k, grid, terms, block_q, block_k), scale_of(q, scale))
 
 
 @_sparse_attention.register_fake
 def _(q, k, v, grid, terms, block_q, block_k, scale):
-    return _empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("llmopt_lab::sparse_attention_backward", mutates_args=())
@@ -252,12 +249,12 @@ def _sparse_attention_backward(
     d_lse: Tensor, terms: list[int], block_q: int, block_k: int, scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     walk = walk_from(q, k, grid, terms, block_q, block_k)
-    return backward_of(q, k, v, out, lse, d_out, d_lse, walk, _scale_of(q, scale))
+    return backward_of(q, k, v, out, lse, d_out, d_lse, walk, scale_of(q, scale))
 
 
 @_sparse_attention_backward.register_fake
 def _(q, k, v, grid, out, lse, d_out, d_lse, terms, block_q, block_k, scale):
-    return _empty_like(q), _empty_like(k), _empty_like(v)
+    return empty_like(q), empty_like(k), empty_like(v)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -275,7 +272,7 @@ _sparse_attention.register_autograd(_gradients, setup_context=_save)
 
 def _forward(q, k, v, walk: Walk, scale: float) -> tuple[Tensor, Tensor]:
     """out and lse, by the Hopper kernel where it can run."""
-    out = _empty_like(q)
+    out = empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if walk.is_window and hopper.supports(q, k, v, out, walk):
         lists = walk.lists(of_keys=False) if walk.listed else None
@@ -304,15 +301,15 @@ def backward_of(q, k, v, out, lse, d_out, d_lse, walk: Walk, scale: float):
     """d_q, d_k and d_v of what the forward pass made."""
     batch, n_heads, n_q, d_head = q.shape
     n_kv_heads, n_k = k.shape[1:3]
-    d_out = d_out if _is_walkable(d_out) else d_out.contiguous()    # an expanded scalar, often
-    d_q, d_k, d_v = _empty_like(q), _empty_like(k), _empty_like(v)
+    d_out = d_out if is_walkable(d_out) else d_out.contiguous()    # an expanded scalar, often
+    d_q, d_k, d_v = empty_like(q), empty_like(k), empty_like(v)
     delta = torch.empty_like(lse)
     sizes = sizes_of(q)
     # first, for it makes delta
     lists = walk.lists(of_keys=False) if walk.listed else None
     (tensors, scalars), constants = walk.arguments(lists)
     tiles = choose_tiles("backward_queries", d_head, q.dtype, walk)
-    _backward_queries_kernel[(ceil_div(n_q, tiles.tile_q) * n_heads * batch,)](
+    backward_queries_kernel[(ceil_div(n_q, tiles.tile_q) * n_heads * batch,)](
         q, k, v, out, d_out, lse, d_lse.contiguous(), delta, d_q, *tensors,
         *strides_of(q, k, v, out, d_out, d_q),
         n_heads, n_heads // n_kv_heads, n_q, n_k, *scalars, scale,
@@ -325,7 +322,7 @@ def backward_of(q, k, v, out, lse, d_out, d_lse, walk: Walk, scale: float):
     else:
         *sinks, n_parts = delta, delta, 0
     tiles = choose_tiles("backward_keys", d_head, q.dtype, walk)
-    _backward_keys_kernel[(ceil_div(n_k, tiles.tile_k) * n_kv_heads * batch,)](
+    backward_keys_kernel[(ceil_div(n_k, tiles.tile_k) * n_kv_heads * batch,)](
         q, k, v, d_out, lse, delta, d_k, d_v, *sinks, *tensors,
         *strides_of(q, k, v, d_out, d_k, d_v),
         n_kv_heads, n_heads // n_kv_heads, n_q, n_k, n_parts, *scalars, scale,
@@ -349,7 +346,7 @@ def _sink_parts(q, k, v, d_out, lse, delta, walk: Walk, scale: float) -> tuple[T
     shape = (2, batch * n_heads * n_parts, n_sinks, d_head)
     d_k, d_v = q.new_empty(shape, dtype=torch.float32)
     n_tiles = ceil_div(n_sinks, tiles.tile_k)
-    _sink_parts_kernel[(n_tiles * n_parts * n_heads * batch,)](
+    sink_parts_kernel[(n_tiles * n_parts * n_heads * batch,)](
         q, k, v, d_out, lse, delta, d_k, d_v, *strides_of(q, k, v, d_out),
         n_heads, n_heads // k.shape[1], n_q, n_k, part, walk.high + 1, n_sinks, scale,
         **sizes_of(q), **options_of(tiles, q, d_out),
@@ -413,7 +410,7 @@ def select_blocks(
     )
     grid = torch.empty(n_lists, n_rows, n_cols, dtype=torch.int8, device=q.device)
     width = max(16, triton.next_power_of_2(n_cols))
-    _select_kernel[(n_lists * n_rows,)](
+    select_kernel[(n_lists * n_rows,)](
         scores, terms, len(terms), kept, len(kept), grid, n_q, n_k, n_rows, n_cols, n_blocks,
         BLOCK_Q=tile_q, BLOCK_K=tile_k, ALWAYS=always is not None, WIDTH=width,
         num_warps=max(1, min(8, width // 128)),
@@ -440,75 +437,12 @@ def _block_means(x: Tensor, size: int) -> Tensor:
     return means
 
 
-def _scale_of(q: Tensor, scale: float | None) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else scale
-
-
-def _empty_like(x: Tensor) -> Tensor:
-    """Dense, with heads and rows in memory in the order of `x`."""
-    batch, n_heads, n, d_head = x.shape
-    if x.stride(1) < x.stride(2):
-        return x.new_empty(batch, n, n_heads, d_head).transpose(1, 2)
-    return x.new_empty(x.shape)
-
-
-def _is_walkable(x: Tensor) -> bool:
-    """Whether the kernels can address it: offsets within a tile of 128 rows are 32 bits wide."""
-    return x.stride(3) == 1 and x.stride(2) < MAX_ROW_STRIDE
-
-
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
     """Refuse bad input before any work."""
-    require(q.ndim == 4, f"q must be (batch, n_heads, n_q, d_head); got {tuple(q.shape)}")
-    batch, n_heads, _, d_head = q.shape
-    require(
-        k.ndim == 4 and k.shape == v.shape,
-        "k and v must both be (batch, n_kv_heads, n_k, d_head); "
-        f"got {tuple(k.shape)} and {tuple(v.shape)}",
-    )
-    require(
-        k.shape[0] == batch and k.shape[3] == d_head,
-        f"q, k and v must have the same batch and d_head; got q {tuple(q.shape)}, "
-        f"k {tuple(k.shape)}",
-    )
-    require(
-        k.shape[1] > 0 and n_heads > 0 and n_heads % k.shape[1] == 0,
-        f"n_heads must be a multiple of n_kv_heads; got {n_heads} and {k.shape[1]}",
-    )
+    check_qkv(q, k, v, scale)
     require(
         min(q.numel(), k.numel()) > 0,
         f"q, k and v must not be empty; got {tuple(q.shape)} and {tuple(k.shape)}",
-    )
-    require(
-        0 < d_head <= MAX_D and d_head % 8 == 0,
-        f"d_head must be a multiple of 8 up to {MAX_D}; got {d_head}",
-    )
-    require(
-        q.dtype in (torch.float32, torch.float16, torch.bfloat16),
-        f"the dtype must be float32, float16 or bfloat16; got {q.dtype}",
-    )
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        require(
-            x.dtype == q.dtype and x.device == q.device,
-            f"{name} must be {q.dtype} on {q.device} like q; got {x.dtype} on {x.device}",
-        )
-        require(
-            _is_walkable(x),
-            f"the last dimension of {name} must be contiguous, and its rows less than "
-            f"{MAX_ROW_STRIDE} elements apart; got strides {x.stride()}: call .contiguous()",
-        )
-    require(
-        q.is_cuda or interpreting(),
-        f"q is on the {q.device} but Triton compiles for the GPU in this session: move it there",
-    )
-    require(
-        q.is_cuda or q.dtype != torch.bfloat16,
-        "bfloat16 needs a GPU: Triton's CPU interpreter computes on its bit pattern "
-        "and returns wrong numbers. Use float32.",
-    )
-    require(
-        scale is None or (math.isfinite(scale) and scale > 0),
-        f"scale must be a positive finite number; got {scale}",
     )
 
 

@@ -1,8 +1,8 @@
 """What every kernel does with a pattern: which tiles a program walks, and the rule inside one."""
 
+from llmopt_lab.core.attention_kernels import jit
 from llmopt_lab.core.device import prepare_triton
-from llmopt_lab.sparse_attention.block_list_kernels import FIELDS, _floor_div
-from llmopt_lab.sparse_attention.tiles import jit
+from llmopt_lab.sparse_attention.block_list_kernels import FIELDS, floor_div
 
 prepare_triton()
 
@@ -26,7 +26,7 @@ def _span(some_first, some_last, all_first, all_last, n, TILE: tl.constexpr):
 
 
 @jit
-def _keys_of(
+def keys_of(
     first_q, last_q, n_q, n_k, low, high, n_sinks, n_full_ptr, n_live_ptr, list_at,
     TILE_K: tl.constexpr, BLOCK_K: tl.constexpr, LISTED: tl.constexpr, SINKS: tl.constexpr,
 ):
@@ -49,11 +49,11 @@ def _keys_of(
 
 
 @jit
-def _queries_of(
+def queries_of(
     first_k, n_q, n_k, low, high, n_full_ptr, n_live_ptr, list_at,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, LISTED: tl.constexpr,
 ):
-    """`_keys_of` the other way round: the tiles of queries that see some keys. Never for sinks."""
+    """`keys_of` the other way round: the tiles of queries that see some keys. Never for sinks."""
     if LISTED:
         per_block: tl.constexpr = BLOCK_Q // TILE_Q
         n_full = tl.load(n_full_ptr + list_at) * per_block
@@ -71,7 +71,7 @@ def _queries_of(
 
 
 @jit
-def _tile_at(
+def tile_at(
     step, begin, full_begin, full_end, end, blocks_at, n_before,
     MASKED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, LISTED: tl.constexpr,
 ):
@@ -92,7 +92,7 @@ def _tile_at(
 
 
 @jit
-def _from_both_ends(tile, n_tiles, LISTED: tl.constexpr):
+def from_both_ends(tile, n_tiles, LISTED: tl.constexpr):
     """The order of the query tiles, heavy ones first: the last ones of a causal pattern.
 
     Other patterns may have global tokens at both ends.
@@ -108,7 +108,7 @@ def _from_both_ends(tile, n_tiles, LISTED: tl.constexpr):
 
 
 @jit
-def _seen(
+def pairs_seen(
     row, col, top, left,            # tokens: (rows,) and (cols,), and the first of each
     terms_ptr, n_terms, low, high, n_sinks,
     SINKS: tl.constexpr, TERMS: tl.constexpr, STEPS: tl.constexpr, GRAINS: tl.constexpr,
@@ -134,8 +134,8 @@ def _seen(
                 at = terms_ptr + i * FIELDS
                 grain = tl.load(at)
                 near = (
-                    (_floor_div(top + row.shape[0] - 1, grain) >= tl.load(at + 4))
-                    & (_floor_div(top, grain) < tl.load(at + 5))
+                    (floor_div(top + row.shape[0] - 1, grain) >= tl.load(at + 4))
+                    & (floor_div(top, grain) < tl.load(at + 5))
                     & ((left + col.shape[0] - 1) // grain >= tl.load(at + 6))
                     & (left // grain < tl.load(at + 7))
                 )
@@ -181,7 +181,7 @@ def _band(
     r, c = row, col
     if GRAINS:
         grain = tl.load(at)
-        r, c = _floor_div(row, grain), col // grain
+        r, c = floor_div(row, grain), col // grain
         back = _by_row(r, KEYS_FIRST) - _by_col(c, KEYS_FIRST)
     row_ok = (r >= tl.load(at + 4)) & (r < tl.load(at + 5))
     col_ok = (c >= tl.load(at + 6)) & (c < tl.load(at + 7))
@@ -189,7 +189,7 @@ def _band(
     if STEPS:
         # a distance is a multiple of step if both leave the same rest; -1 and -2 equal no rest
         step = tl.load(at + 3)
-        row_rest = tl.where(row_ok, r - _floor_div(r, step) * step, -1)
+        row_rest = tl.where(row_ok, r - floor_div(r, step) * step, -1)
         col_rest = tl.where(col_ok, c % step, -2)
         held = held & (_by_row(row_rest, KEYS_FIRST) == _by_col(col_rest, KEYS_FIRST))
     else:

@@ -1,105 +1,21 @@
-"""The tiles of this room's Triton kernels: how large they are, and how kernels load them."""
+"""The tiles of this room's Triton kernels on a GPU, and what the kernels are not compiled for."""
 
-import inspect
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from llmopt_lab.core.device import gpu_facts, pick_device, prepare_triton
+from llmopt_lab.core.attention_kernels import Tiles, jit, padded, precision_of, tiles_from
+from llmopt_lab.core.device import prepare_triton
 
 prepare_triton()
 
-import triton
-import triton.language as tl
-
-LOG2_E = tl.constexpr(1.4426950408889634)   # exp(x) == exp2(x * LOG2_E), exp2 is one instruction
-MIN_D = 16                                  # tl.dot wants at least 16 columns
-
-
-def jit(fn, **options):
-    """triton.jit of the function itself, which a test's type checker may have wrapped."""
-    return triton.jit(inspect.unwrap(fn), **options)
-
+from triton import next_power_of_2
 
 # one compilation for every length and every width
 sized_jit = partial(jit, do_not_specialize=(
     "n_q", "n_k", "n_parts", "list_head", "n_terms", "low", "high", "n_sinks",
 ))
-
-
-@jit
-def _owned(n_tiles, n_heads):
-    """(tile, head, batch) of this program: the tiles of one head start one after the other."""
-    pid = tl.program_id(0)
-    rest = pid // n_tiles
-    return pid % n_tiles, rest % n_heads, (rest // n_heads).to(tl.int64)
-
-
-@jit
-def _rows_of(
-    x_ptr, n_heads, n_rows, x_head, x_row,
-    ROWS: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
-):
-    """Where `_load_rows` finds (n_heads, n_rows, D_HEAD): a pointer, or a TMA descriptor of it."""
-    if TMA:
-        rows = tl.make_tensor_descriptor(
-            x_ptr, [n_heads, n_rows, D_HEAD], [x_head, x_row, 1], [1, ROWS, D]
-        )
-    else:
-        rows = x_ptr
-    return rows
-
-
-@jit
-def _load_rows(
-    rows, head, first, n_rows, x_head, x_row,
-    ROWS: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
-    CHECKED: tl.constexpr,          # whether the tile may end past n_rows
-):
-    """Rows [first, first + ROWS) of one head, (ROWS, D): 0 past n_rows and past D_HEAD."""
-    if TMA:
-        x = rows.load([head, first, 0]).reshape(ROWS, D)
-    else:
-        row = tl.arange(0, ROWS)                                        # (ROWS,)
-        d = tl.arange(0, D)                                             # (D,)
-        start = rows + tl.cast(head, tl.int64) * x_head + tl.cast(first, tl.int64) * x_row
-        at = start + row[:, None] * x_row + d[None, :]                  # (ROWS, D)
-        if CHECKED:
-            ok = (first + row < n_rows)[:, None]
-            if D_HEAD < D:
-                ok = ok & (d < D_HEAD)[None, :]
-            x = tl.load(at, ok, other=0.0)
-        elif D_HEAD < D:
-            x = tl.load(at, (d < D_HEAD)[None, :], other=0.0)
-        else:
-            x = tl.load(at)
-    return x
-
-
-@jit
-def _store_rows(
-    x_ptr, x, head, first, n_rows, x_head, x_row,
-    ROWS: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
-):
-    row = tl.arange(0, ROWS)                                            # (ROWS,)
-    d = tl.arange(0, D)                                                 # (D,)
-    start = x_ptr + tl.cast(head, tl.int64) * x_head + tl.cast(first, tl.int64) * x_row
-    at = start + row[:, None] * x_row + d[None, :]                      # (ROWS, D)
-    ok = (first + row < n_rows)[:, None] & (d < D_HEAD)[None, :]
-    tl.store(at, x.to(x_ptr.dtype.element_ty), ok)
-
-
-class Tiles(NamedTuple):
-    """How one kernel runs."""
-
-    tile_q: int
-    tile_k: int
-    n_warps: int
-    n_stages: int
-    tma: bool = False   # whether Hopper's tensor memory accelerator copies what the loop reads
-
 
 # (kernel, bytes an element, padded d_head up to): tiles for an H100, those of flash attention
 TILES = {
@@ -135,94 +51,15 @@ def tiles_for(
     rule_is_short: bool = True,
 ) -> Tiles:
     """The table's tiles, cut down to what a GPU of that capability (None: AMD) holds."""
-    d = padded(d_head)
-    tensor_cores = capability is None or capability >= (8, 0)
-    itemsize = dtype.itemsize if tensor_cores else 4    # without them products are float32
-    tiles = TILES[kernel, itemsize, max(d, 64)]
-    if capability is not None and capability >= (9, 0):
-        tiles = tiles._replace(tma=True)
-    if not rule_is_short:       # a long rule needs registers of its own beside the scores
-        tile_q, tile_k, n_warps = LONG_RULE[kernel]
-        tile_q, tile_k = min(tile_q, tiles.tile_q), min(tile_k, tiles.tile_k)
-        tiles = Tiles(tile_q, tile_k, n_warps, 2, tiles.tma)
-    if itemsize == 2 and (capability is None or capability[0] not in (9, 10)):
-        tiles = _with_shorter_steps(kernel, tiles)      # products read registers, not shared memory
-    while _bytes_needed(kernel, tiles, itemsize * d) > _shared_bytes(capability):
-        if tiles.n_stages > 2:
-            tiles = tiles._replace(n_stages=tiles.n_stages - 1)
-        elif max(tiles.tile_q, tiles.tile_k) == 16:
-            return tiles._replace(n_stages=1)           # nothing is left to cut
-        elif tiles.tile_q >= tiles.tile_k:
-            tiles = tiles._replace(tile_q=tiles.tile_q // 2)
-        else:
-            tiles = tiles._replace(tile_k=tiles.tile_k // 2)
-    return tiles
-
-
-def _with_shorter_steps(kernel: str, tiles: Tiles) -> Tiles:
-    if kernel == "backward_keys":
-        return tiles._replace(tile_q=tiles.tile_q // 2)
-    return tiles._replace(tile_k=tiles.tile_k // 2)
-
-
-def _bytes_needed(kernel: str, tiles: Tiles, row_bytes: int) -> int:
-    """Of the tiles that a program keeps, and of two tiles a stage of what it walks."""
-    kept, walked = {
-        "forward": (tiles.tile_q, tiles.tile_k),
-        "backward_keys": (2 * tiles.tile_k, tiles.tile_q),
-        "backward_queries": (2 * tiles.tile_q, tiles.tile_k),
-    }[kernel]
-    return row_bytes * (kept + 2 * tiles.n_stages * walked) + 2048      # barriers, lse, delta
-
-
-def _shared_bytes(capability: tuple[int, int] | None) -> int:
-    """Most shared memory of one program. AMD's has 64 KiB, but does not keep tiles there."""
-    if capability is not None and capability < (8, 0):
-        return 64 << 10
-    if capability is not None and capability[0] in (9, 10):
-        return 227 << 10
-    return 163 << 10 if capability in ((8, 0), (8, 7)) else 99 << 10
+    at_most = None if rule_is_short else LONG_RULE[kernel]
+    return tiles_from(TILES, kernel, d_head, dtype, capability, at_most=at_most)
 
 
 def sink_rows(tile_k: int, n_sinks: int) -> int:
     """Sinks of a tile, where a tile of keys has tile_k."""
-    return min(tile_k, max(16, triton.next_power_of_2(n_sinks)))
+    return min(tile_k, max(16, next_power_of_2(n_sinks)))
 
 
 def sizes_of(q: Tensor) -> dict:
     d_head = q.shape[3]
     return {"D_HEAD": d_head, "D": padded(d_head), "PRECISION": precision_of(q.dtype)}
-
-
-def options_of(tiles: Tiles, *walked: Tensor) -> dict:
-    """`tiles` as the kernels take them. TMA needs addresses and strides in steps of 16 bytes."""
-    aligned = all(
-        x.data_ptr() % 16 == 0 and all(s and s * x.itemsize % 16 == 0 for s in x.stride()[:3])
-        for x in walked
-    )
-    if tiles.tma and aligned:
-        triton.set_allocator(_scratch)      # at each launch: every thread has a setting of its own
-    return {
-        "TILE_Q": tiles.tile_q, "TILE_K": tiles.tile_k, "STAGES": tiles.n_stages,
-        "TMA": tiles.tma and aligned, "num_warps": tiles.n_warps,
-    }  # fmt: skip
-
-
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Where a kernel keeps the TMA descriptors that it makes."""
-    return torch.empty(size, dtype=torch.int8, device=pick_device())
-
-
-def strides_of(*tensors: Tensor) -> list[int]:
-    return [stride for x in tensors for stride in x.stride()[:3]]
-
-
-def precision_of(dtype: torch.dtype) -> str:
-    """Of float32 products: three tf32 products are nearly as exact and run on tensor cores."""
-    gpu = gpu_facts()
-    has_tf32 = torch.version.hip is None and gpu is not None and gpu.capability >= (8, 0)
-    return "tf32x3" if dtype == torch.float32 and has_tf32 else "ieee"
-
-
-def padded(d_head: int) -> int:
-    return max(MIN_D, triton.next_power_of_2(d_head))
