@@ -7,6 +7,7 @@ from test_flash_kernels import inputs_without_grad, oracle
 
 from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.device import gpu_facts
+from llmopt_lab.core.hopper import tile_layout
 from llmopt_lab.flash_attention import hopper
 from llmopt_lab.flash_attention.kernels import flash_attention_triton, forward_into
 
@@ -34,8 +35,8 @@ def test_it_compiles_for_hopper_without_spills_and_fits():
     for d_head, plan in [(p.values[0], p.values[1]) for p in PLANS]:
         for causal in (False, True):
             constants = hopper.constants(plan, d_head, causal)
-            tile = hopper.tile_layout(64, d_head, torch.bfloat16)
-            keys = hopper.tile_layout(plan.tile_k, d_head, torch.bfloat16)
+            tile = tile_layout(64, d_head, torch.bfloat16)
+            keys = tile_layout(plan.tile_k, d_head, torch.bfloat16)
             signature = {name: "i32" for name in hopper._forward_kernel.arg_names}
             signature |= {name: "constexpr" for name in constants}
             signature |= {"lse_ptr": "*fp32", "counter_ptr": "*i32", "scale_log2": "fp32"}

@@ -7,6 +7,7 @@ from test_sparse_kernels import inputs, lse_oracle
 
 from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.device import gpu_facts
+from llmopt_lab.core.hopper import tile_layout
 from llmopt_lab.sparse_attention import hopper
 from llmopt_lab.sparse_attention.block_lists import grids, lists_of
 from llmopt_lab.sparse_attention.cases import Sizes, attention_oracle
@@ -31,8 +32,8 @@ def test_it_compiles_for_hopper_without_spills_and_fits():
     for d_head, plan in hopper.PLANS.items():
         for listed, sinks in VARIANTS:
             constants = hopper.constants(plan, d_head, listed=listed, sinks=sinks)
-            tile = hopper.tile_layout(64, d_head, torch.bfloat16)
-            keys = hopper.tile_layout(plan.tile_k, d_head, torch.bfloat16)
+            tile = tile_layout(64, d_head, torch.bfloat16)
+            keys = tile_layout(plan.tile_k, d_head, torch.bfloat16)
             signature = {name: "i32" for name in hopper._forward_kernel.arg_names}
             signature |= {name: "constexpr" for name in constants}
             signature |= {"lse_ptr": "*fp32", "scale_log2": "fp32"}

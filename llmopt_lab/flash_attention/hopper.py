@@ -5,7 +5,6 @@ next key tile are multiplied while the softmax of this one runs, and the warpgro
 that one's softmax hides behind another's products. `kernels.py` calls `forward` on sm_90.
 """
 
-import inspect
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,11 +12,11 @@ import torch
 from torch import Tensor
 
 from llmopt_lab.core.device import gpu_facts, prepare_triton
+from llmopt_lab.core.hopper import descriptor_of, has_tma_strides, jit
 from llmopt_lab.core.memory import ceil_div
 
 prepare_triton()
 
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
@@ -26,16 +25,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 LOG2_E = 1.4426950408889634
 LN_2 = gl.constexpr(0.6931471805599453)
 L2_BYTES = 24 << 20                 # keys and values that causal tiles of several heads may share
-
-
-def jit(fn, **options):
-    """gluon.jit of the function itself, which a test's type checker may have wrapped."""
-    return gluon.jit(inspect.unwrap(fn), **options)
 
 
 @dataclass(frozen=True)
@@ -371,7 +364,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> bool:
         and gpu_facts().capability == (9, 0)
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[3] in PLANS
-        and all(x.numel() > 0 and _has_tma_strides(x) for x in (q, k, v, out))
+        and all(x.numel() > 0 and has_tma_strides(x) for x in (q, k, v, out))
     )
 
 
@@ -389,8 +382,8 @@ def forward(
     section = max(1, min(n_heads_all, L2_BYTES // (4 * n_k * d_head))) if causal else 1
     counter = torch.zeros(1, dtype=torch.int32, device=q.device) if plan.persistent else lse
     _forward_kernel[(min(n_work, gpu_facts().n_sms) if plan.persistent else n_work,)](
-        _descriptor(q, 64), _descriptor(k, plan.tile_k), _descriptor(v, plan.tile_k),
-        _descriptor(out, 64), lse, counter, n_q, n_k, n_heads, n_heads // n_kv_heads, n_tiles,
+        descriptor_of(q, 64), descriptor_of(k, plan.tile_k), descriptor_of(v, plan.tile_k),
+        descriptor_of(out, 64), lse, counter, n_q, n_k, n_heads, n_heads // n_kv_heads, n_tiles,
         n_heads_all, section, scale * LOG2_E, **constants(plan, d_head, causal),
         num_warps=4, maxnreg=MAX_REGISTERS[plan.groups],
     )  # fmt: skip
@@ -404,30 +397,3 @@ def constants(plan: Plan, d_head: int, causal: bool) -> dict:
         "TILE_K": plan.tile_k, "D": d_head, "STAGES": plan.stages,
         "REGISTERS": plan.registers, "SPARE": 24 if plan.groups == 2 else 32,
     }  # fmt: skip
-
-
-def tile_layout(rows: int, d_head: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """How TMA lays (rows, d_head) of one head into shared memory."""
-    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, d_head], element)
-
-
-def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """TMA copies (rows, d_head) of one head; rows past the end read as 0 and are not written."""
-    d_head = x.shape[3]
-    return TensorDescriptor(
-        x, list(x.shape), _strides(x), [1, 1, rows, d_head], tile_layout(rows, d_head, x.dtype)
-    )
-
-
-def _has_tma_strides(x: Tensor) -> bool:
-    """TMA needs the address and every stride in steps of 16 bytes."""
-    *strides, last = _strides(x)
-    steps = [x.data_ptr(), *(stride * x.itemsize for stride in strides)]
-    return last == 1 and all(step % 16 == 0 for step in steps)
-
-
-def _strides(x: Tensor) -> list[int]:
-    """Its strides; those of dimensions of size 1 may be anything, so they become a row's length."""
-    sizes = zip(x.shape[:3], x.stride()[:3], strict=True)
-    return [stride if n > 1 else x.shape[3] for n, stride in sizes] + [x.stride(3)]

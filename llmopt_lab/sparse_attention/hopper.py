@@ -6,7 +6,6 @@ those of a window, and of the sinks before it, or those of a list. Partial tiles
 two loops are enough: with the rule, and without it. `kernels.py` calls `forward` on sm_90.
 """
 
-import inspect
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,11 +13,11 @@ import torch
 from torch import Tensor
 
 from llmopt_lab.core.device import gpu_facts, prepare_triton
+from llmopt_lab.core.hopper import descriptor_of, has_tma_strides, jit
 from llmopt_lab.core.memory import ceil_div
 
 prepare_triton()
 
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
@@ -27,17 +26,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 LOG2_E = 1.4426950408889634
 LN_2 = gl.constexpr(0.6931471805599453)
 TILE_Q = gl.constexpr(128)              # two warpgroups of 64 rows
 MAX_REGISTERS = 168                     # a thread at the launch; the groups then trade among them
-
-
-def jit(fn, **options):
-    """gluon.jit of the function itself, which a test's type checker may have wrapped."""
-    return gluon.jit(inspect.unwrap(fn), **options)
 
 
 @dataclass(frozen=True)
@@ -342,7 +335,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor, out: Tensor, walk) -> bool:
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[3] in PLANS
         and (not walk.listed or (walk.block_q, walk.block_k) == (128, PLANS[q.shape[3]].tile_k))
-        and all(_has_tma_strides(x) for x in (q, k, v, out))
+        and all(has_tma_strides(x) for x in (q, k, v, out))
     )
 
 
@@ -363,8 +356,8 @@ def forward(
     blocks, n_full, n_live, list_head = lists or (walk.terms, walk.terms, walk.terms, 0)
     counter = torch.zeros(1, dtype=torch.int32, device=q.device)
     _forward_kernel[(min(n_work, gpu_facts().n_sms),)](
-        _descriptor(q, 64), _descriptor(k, plan.tile_k), _descriptor(v, plan.tile_k),
-        _descriptor(out, 64), lse, counter, blocks, n_full, n_live,
+        descriptor_of(q, 64), descriptor_of(k, plan.tile_k), descriptor_of(v, plan.tile_k),
+        descriptor_of(out, 64), lse, counter, blocks, n_full, n_live,
         n_q, n_k, n_heads, n_heads // n_kv_heads, n_tiles, batch * n_heads,
         list_head, ceil_div(n_k, walk.block_k), walk.low, walk.high, walk.n_sinks, scale * LOG2_E,
         **constants(plan, d_head, listed=walk.listed, sinks=walk.n_sinks > 0),
@@ -378,30 +371,3 @@ def constants(plan: Plan, d_head: int, *, listed: bool, sinks: bool) -> dict:
         "TILE_K": plan.tile_k, "D": d_head, "STAGES": plan.stages, "LISTED": listed,
         "SINKS": sinks, "REGISTERS": plan.registers,
     }  # fmt: skip
-
-
-def tile_layout(rows: int, d_head: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """How TMA lays (rows, d_head) of one head into shared memory."""
-    element = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[dtype]
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, d_head], element)
-
-
-def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """TMA copies (rows, d_head) of one head; rows past the end read as 0 and are not written."""
-    d_head = x.shape[3]
-    return TensorDescriptor(
-        x, list(x.shape), _strides(x), [1, 1, rows, d_head], tile_layout(rows, d_head, x.dtype)
-    )
-
-
-def _has_tma_strides(x: Tensor) -> bool:
-    """TMA needs the address and every stride in steps of 16 bytes."""
-    *strides, last = _strides(x)
-    steps = [x.data_ptr(), *(stride * x.itemsize for stride in strides)]
-    return last == 1 and all(step % 16 == 0 for step in steps)
-
-
-def _strides(x: Tensor) -> list[int]:
-    """Its strides; those of dimensions of size 1 may be anything, so they become a row's length."""
-    sizes = zip(x.shape[:3], x.stride()[:3], strict=True)
-    return [stride if n > 1 else x.shape[3] for n, stride in sizes] + [x.stride(3)]
