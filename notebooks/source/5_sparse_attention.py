@@ -858,9 +858,9 @@ except ImportError as missing:
 
 # %% [markdown]
 # Four things to see in it:
-# - **`_tile_at`** gives the next block: by arithmetic for a window (no list exists), from the list otherwise.
+# - **`tile_at`** gives the next block: by arithmetic for a window (no list exists), from the list otherwise.
 # - **`MASKED`** is known when the kernel is compiled, so full blocks cost no comparison.
-# - **`_seen`** evaluates the pattern as numbers, a few bounds a term: no mask is stored. A mask of 16k tokens would
+# - **`pairs_seen`** evaluates the pattern as numbers, a few bounds a term: no mask is stored. A mask of 16k tokens would
 #   take 256 MiB.
 # - **`base`**: a row whose keys are all masked keeps $m = -\infty$, and $-\infty - (-\infty)$ is NaN.
 #
