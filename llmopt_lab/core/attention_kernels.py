@@ -100,6 +100,29 @@ class Tiles(NamedTuple):
     tma: bool = False   # whether Hopper's tensor memory accelerator copies what the loop reads
 
 
+# (kernel, bytes an element, padded d_head up to): tiles for an H100
+TILES = {
+    ("forward", 2, 64): Tiles(128, 128, 8, 2),
+    ("forward", 2, 128): Tiles(128, 128, 8, 2),
+    ("forward", 2, 256): Tiles(128, 64, 8, 2),
+    ("backward_keys", 2, 64): Tiles(128, 64, 4, 2),
+    ("backward_keys", 2, 128): Tiles(64, 128, 8, 3),
+    ("backward_keys", 2, 256): Tiles(32, 32, 4, 2),
+    ("backward_queries", 2, 64): Tiles(128, 64, 8, 3),
+    ("backward_queries", 2, 128): Tiles(128, 64, 8, 3),
+    ("backward_queries", 2, 256): Tiles(64, 64, 8, 2),
+    ("forward", 4, 64): Tiles(64, 32, 8, 2),
+    ("forward", 4, 128): Tiles(32, 32, 8, 2),
+    ("forward", 4, 256): Tiles(16, 16, 8, 2),
+    ("backward_keys", 4, 64): Tiles(32, 32, 8, 2),
+    ("backward_keys", 4, 128): Tiles(32, 32, 8, 2),
+    ("backward_keys", 4, 256): Tiles(16, 16, 8, 2),
+    ("backward_queries", 4, 64): Tiles(32, 32, 8, 2),
+    ("backward_queries", 4, 128): Tiles(16, 32, 8, 2),
+    ("backward_queries", 4, 256): Tiles(16, 16, 8, 2),
+}
+
+
 def tiles_from(
     table: dict, kernel: str, d_head: int, dtype: torch.dtype, capability: tuple[int, int] | None,
     *, at_most: tuple[int, int, int] | None = None,

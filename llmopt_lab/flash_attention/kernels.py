@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llmopt_lab.core.attention_kernels import (
     LOG2_E,
+    TILES,
     Tiles,
     check_qkv,
     empty_like,
@@ -479,29 +480,6 @@ def _backward(q, k, v, out, lse, d_out, d_lse, causal: bool, scale: float):
         n_heads, n_heads // n_kv_heads, n_q, n_k, scale, **sizes, **options_of(tiles, k, v),
     )  # fmt: skip
     return d_q, d_k, d_v
-
-
-# (kernel, bytes an element, padded d_head up to): tiles for an H100
-TILES = {
-    ("forward", 2, 64): Tiles(128, 128, 8, 2),
-    ("forward", 2, 128): Tiles(128, 128, 8, 2),
-    ("forward", 2, 256): Tiles(128, 64, 8, 2),
-    ("backward_keys", 2, 64): Tiles(128, 64, 4, 2),
-    ("backward_keys", 2, 128): Tiles(64, 128, 8, 3),
-    ("backward_keys", 2, 256): Tiles(32, 32, 4, 2),
-    ("backward_queries", 2, 64): Tiles(128, 64, 8, 3),
-    ("backward_queries", 2, 128): Tiles(128, 64, 8, 3),
-    ("backward_queries", 2, 256): Tiles(64, 64, 8, 2),
-    ("forward", 4, 64): Tiles(64, 32, 8, 2),
-    ("forward", 4, 128): Tiles(32, 32, 8, 2),
-    ("forward", 4, 256): Tiles(16, 16, 8, 2),
-    ("backward_keys", 4, 64): Tiles(32, 32, 8, 2),
-    ("backward_keys", 4, 128): Tiles(32, 32, 8, 2),
-    ("backward_keys", 4, 256): Tiles(16, 16, 8, 2),
-    ("backward_queries", 4, 64): Tiles(32, 32, 8, 2),
-    ("backward_queries", 4, 128): Tiles(16, 32, 8, 2),
-    ("backward_queries", 4, 256): Tiles(16, 16, 8, 2),
-}
 
 
 def choose_tiles(kernel: str, d_head: int, dtype: torch.dtype) -> Tiles:

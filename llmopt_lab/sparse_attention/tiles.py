@@ -5,6 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from llmopt_lab.core import attention_kernels
 from llmopt_lab.core.attention_kernels import Tiles, jit, padded, precision_of, tiles_from
 from llmopt_lab.core.device import prepare_triton
 
@@ -17,28 +18,8 @@ sized_jit = partial(jit, do_not_specialize=(
     "n_q", "n_k", "n_parts", "list_head", "n_terms", "low", "high", "n_sinks",
 ))
 
-# (kernel, bytes an element, padded d_head up to): tiles for an H100, those of flash attention
-TILES = {
-    ("forward", 2, 64): Tiles(128, 128, 8, 2),
-    ("forward", 2, 128): Tiles(128, 128, 8, 2),
-    ("forward", 2, 256): Tiles(128, 64, 8, 2),
-    ("backward_keys", 2, 64): Tiles(64, 128, 8, 3),     # with the rule theirs would spill
-    ("backward_keys", 2, 128): Tiles(64, 128, 8, 3),
-    ("backward_keys", 2, 256): Tiles(32, 32, 4, 2),
-    ("backward_queries", 2, 64): Tiles(128, 64, 8, 3),
-    ("backward_queries", 2, 128): Tiles(128, 64, 8, 3),
-    ("backward_queries", 2, 256): Tiles(64, 64, 8, 2),
-    ("forward", 4, 64): Tiles(64, 32, 8, 2),
-    ("forward", 4, 128): Tiles(32, 32, 8, 2),
-    ("forward", 4, 256): Tiles(16, 16, 8, 2),
-    ("backward_keys", 4, 64): Tiles(32, 32, 8, 2),
-    ("backward_keys", 4, 128): Tiles(32, 32, 8, 2),
-    ("backward_keys", 4, 256): Tiles(16, 16, 8, 2),
-    ("backward_queries", 4, 64): Tiles(32, 32, 8, 2),
-    ("backward_queries", 4, 128): Tiles(16, 32, 8, 2),
-    ("backward_queries", 4, 256): Tiles(16, 16, 8, 2),
-}
-
+# flash attention's, but for a row that would spill with the rule beside it
+TILES = attention_kernels.TILES | {("backward_keys", 2, 64): Tiles(64, 128, 8, 3)}
 
 # most queries and keys of a tile, and warps, where the rule is more than a window
 LONG_RULE = {
