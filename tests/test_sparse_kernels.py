@@ -393,8 +393,14 @@ def check_compiled(device, **options):
 
 
 def test_a_compiled_function_has_no_graph_break():
-    # in a process of its own: what pytest's type checker wraps cannot be traced
-    script = "import test_sparse_kernels as t; t.check_compiled('cpu', backend='aot_eager')"
+    # in a process of its own: what pytest's type checker wraps cannot be traced; nor can the call
+    # that asks for the GPU's driver
+    script = (
+        "import test_sparse_kernels as t, torch\n"
+        "from llmopt_lab.sparse_attention import block_list_kernels\n"
+        "block_list_kernels.gpu_facts = torch._dynamo.disable(lambda: None)\n"
+        "t.check_compiled('cpu', backend='aot_eager')"
+    )
     result = subprocess.run(
         [sys.executable, "-c", script], cwd=Path(__file__).parent,
         capture_output=True, text=True,
@@ -530,7 +536,7 @@ def list_spec(target: str, from_terms: bool) -> dict:
             "BLOCK_Q": 128, "BLOCK_K": 128, "FROM_TERMS": from_terms, "OF_KEYS": not from_terms,
             "WIDTH": 128, "ONCE": from_terms,
         },
-        "options": {"num_warps": 2},
+        "options": {"num_warps": 1},
     }  # fmt: skip
 
 
@@ -553,11 +559,12 @@ def specs_of(target: str) -> list[dict]:
     return specs
 
 
-# bytes a thread, at most: the rule needs registers beside the tiles that flash attention fills
+# bytes a thread, at most: on an H200 the best tiles that do not spill ran at 0.91 to 0.99 of the
+# speed (width 128) and at 0.81 (width 64)
 SPILLS = {
-    ("backward_keys_kernel", 128): 68,
-    ("backward_queries_kernel", 128): 16,
-}
+    ("backward_keys_kernel", 64): 204, ("backward_keys_kernel", 128): 128,
+    ("sink_parts_kernel", 64): 184, ("sink_parts_kernel", 128): 8,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("target", aot.TARGETS)
@@ -568,7 +575,7 @@ def test_kernels_compile_and_fit_the_chip(target):
         assert facts["shared"] <= aot.TARGETS[target][3], f"{what}: shared memory {facts['shared']}"
         if target == "sm_90":
             name, d = spec["kernel"].split(":")[1], spec["constexprs"].get("D")
-            allowed = SPILLS.get((name, d), 0) if spec["constexprs"].get("TERMS") == 0 else 0
+            allowed = SPILLS.get((name, d), 0) if spec["constexprs"].get("TERMS", 0) == 0 else 0
             assert facts["spills"] <= allowed, f"{what} spills {facts['spills']} bytes"
 
 

@@ -3,10 +3,10 @@
 Forward: `route_kernels.py` picks each token's experts and sorts the visits by expert,
 `_gate_up_kernel` gathers the tokens of a tile of visits and makes their SwiGLU, `_project_kernel`
 projects down and writes each visit's weighted row to the place of its token, `_combine_kernel` adds
-the k rows of a token. For many tokens, on sm_90, `hopper.py` has the two products; for very few,
-where no gradient is wanted, `few_token_kernels.py` has all. How many visits an expert gets is known
-on the device only, so every grid covers the worst case and the programs that are left over end at
-once. Every sum has one owner and one order: two runs give the same bits.
+the k rows of a token. For very few tokens, where no gradient is wanted, `few_token_kernels.py` has
+all. How many visits an expert gets is known on the device only, so every grid covers the worst case
+and the programs that are left over end at once. Every sum has one owner and one order: two runs
+give the same bits.
 
 A visit is one (token, choice) pair, numbered token * k + choice; `visits` lists them by expert.
 """
@@ -17,12 +17,11 @@ from torch import Tensor
 from llmopt_lab.core.device import interpreting, prepare_triton
 from llmopt_lab.core.errors import require
 from llmopt_lab.core.memory import ceil_div
-from llmopt_lab.moe import few_token_kernels, hopper
+from llmopt_lab.moe import few_token_kernels
 from llmopt_lab.moe.route_kernels import Routed, empty_routed, route
 from llmopt_lab.moe.tiles import (
     Sizes,
     begin_kernel,
-    choose_rows,
     choose_tiles,
     dependent_launch,
     jit,
@@ -316,17 +315,6 @@ def moe_layer_triton(
     return _moe_layer(*tensors, k, save)[0]
 
 
-def layer_in_triton(
-    x: Tensor, router: Tensor, w_gate_up: Tensor, w_down: Tensor, *, k: int
-) -> Tensor:
-    """As `moe_layer_triton`, by the Triton kernels on any GPU, without a gradient."""
-    _check(x, router, w_gate_up, w_down, k)
-    x, router = x.detach().contiguous(), router.detach().contiguous()
-    sizes = Sizes(*x.shape, router.shape[1], w_down.shape[1], k)
-    routed = route(x, router, sizes, False)
-    return _forward(x, w_gate_up, w_down, routed, sizes, False, on_hopper=False)[0]
-
-
 @torch.library.custom_op("llmopt_lab::moe_layer", mutates_args=())
 def _moe_layer(
     x: Tensor, router: Tensor, w_gate_up: Tensor, w_down: Tensor, k: int, save: bool
@@ -402,17 +390,11 @@ def _nothing_saved(x: Tensor, sizes: Sizes) -> tuple[Tensor, ...]:
 
 
 def _forward(
-    x, w_gate_up, w_down, routed: Routed, sizes: Sizes, save: bool, on_hopper: bool = True
+    x, w_gate_up, w_down, routed: Routed, sizes: Sizes, save: bool
 ) -> tuple[Tensor, Tensor]:
     """The layer's result, and what gate and up were if `save`."""
     hidden = x.new_empty(sizes.n_visits, sizes.d_ff)
     gate_up = x.new_empty(sizes.n_visits if save else 0, 2 * sizes.d_ff)
-    if on_hopper and _on_hopper(x, w_gate_up, w_down, sizes):
-        groups = routed.tiles()
-        hopper.gate_up(x, w_gate_up, hidden, gate_up, groups, k=sizes.k, save=save)
-        parts = x.new_empty(1, sizes.n_visits, sizes.d)
-        hopper.project(hidden, w_down, routed.weights, parts, groups, k=sizes.k)
-        return _combine(parts, sizes, x.dtype), gate_up
     _gate_up(x, w_gate_up, hidden, gate_up, routed, sizes, save)
     return _project(hidden, w_down, routed, sizes, transposed=False), gate_up
 
@@ -467,11 +449,6 @@ def _combine(parts: Tensor, sizes: Sizes, dtype: torch.dtype) -> Tensor:
         K=sizes.k, SPLITS=len(parts), D=sizes.d, TILE_D=tile_d, **dependent_launch(parts),
     )  # fmt: skip
     return out
-
-
-def _on_hopper(x: Tensor, w_gate_up: Tensor, w_down: Tensor, sizes: Sizes) -> bool:
-    """Whether the Hopper kernels take the forward products: their row tiles must be the call's."""
-    return choose_rows(sizes, x.dtype) == hopper.ROWS and hopper.supports(x, w_gate_up, w_down)
 
 
 def _backward(d_out, x, router, w_gate_up, w_down, gate_up, routed: Routed, sizes: Sizes):

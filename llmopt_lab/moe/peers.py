@@ -41,13 +41,6 @@ def ours(x: Tensor, router: Tensor, w_gate_up: Tensor, w_down: Tensor, k: int) -
     return lambda: moe_layer_triton(x, router, w_gate_up, w_down, k=k)
 
 
-def ours_in_triton(x, router, w_gate_up, w_down, k) -> Call:
-    """Without the Hopper kernels."""
-    from llmopt_lab.moe.kernels import layer_in_triton
-
-    return lambda: layer_in_triton(x, router, w_gate_up, w_down, k=k)
-
-
 def grouped(x: Tensor, router: Tensor, w_gate_up: Tensor, w_down: Tensor, k: int) -> Tensor:
     """A layer built on torch's grouped product: sort, gather, two products, gather back."""
     n_tokens, n_experts = len(x), len(w_down)
@@ -150,7 +143,7 @@ GROUPED = (
 )
 LOOP = Contender("loop over experts", loop)
 LIGER = Contender("Liger fused_moe", liger)
-PREFILL = (OURS, Contender("ours in Triton", ours_in_triton, ours=True), *GROUPED, LOOP, LIGER)
+PREFILL = (OURS, *GROUPED, LOOP, LIGER)
 DECODE = (
     OURS,
     *GROUPED,

@@ -114,9 +114,9 @@ class Tiles(NamedTuple):
 # measured on an H200
 TILES = {
     ("gate_up", 2, True): Tiles(128, 128, 64, 8, 4),
-    ("gate_up", 2, False): Tiles(64, 64, 64, 4, 6),
+    ("gate_up", 2, False): Tiles(64, 128, 64, 4, 4),
     ("project", 2, True): Tiles(128, 256, 64, 8, 4),
-    ("project", 2, False): Tiles(64, 128, 64, 4, 4),
+    ("project", 2, False): Tiles(64, 256, 64, 8, 4),
     ("hidden_gradient", 2, True): Tiles(128, 64, 64, 8, 4),
     ("hidden_gradient", 2, False): Tiles(64, 64, 64, 4, 3),
     ("weight_gradient", 2, True): Tiles(128, 128, 64, 8, 3),
@@ -132,7 +132,7 @@ TILES = {
 }
 SMALL_TILES = {     # of 16 rows: as many weights under way as shared memory holds
     "gate_up": Tiles(16, 64, 128, 4, 5),
-    "project": Tiles(16, 64, 128, 4, 4),
+    "project": Tiles(16, 256, 64, 4, 4),
 }
 
 
@@ -146,7 +146,7 @@ def rows_for(sizes: Sizes, dtype: torch.dtype) -> int:
     full = sizes.n_tokens > DECODE_TOKENS and sizes.n_visits >= 96 * sizes.n_experts
     if full and dtype.itemsize == 2:
         return 128
-    usual = max(1, 4 * sizes.n_visits // sizes.n_experts)
+    usual = max(1, 2 * sizes.n_visits // sizes.n_experts)
     most = max(1, min(sizes.n_tokens, usual, 64))
     return max(MIN_ROWS, triton.next_power_of_2(most))
 
@@ -212,7 +212,7 @@ def splits_for(n_tiles: int, n_in: int, tiles: Tiles) -> int:
     n_sms = gpu.n_sms if gpu else 8
     splits = 1
     while splits < 8 and (
-        n_tiles * splits < n_sms and n_in >= 4 * splits * tiles.step
+        n_tiles * splits < n_sms and n_in >= 1024 * splits
         or n_tiles * splits < 4 * n_sms and n_in >= 8192 * splits
     ):
         splits *= 2

@@ -33,8 +33,19 @@ PARTIAL, FULL = tl.constexpr(1), tl.constexpr(2)
 
 @jit
 def floor_div(a, b):
-    rest = (a % b + b) % b      # a % b has the sign of a on a GPU, of b under the interpreter
-    return (a - rest) // b
+    quotient = a // b           # cut towards 0 on a GPU, rounded down already by the interpreter
+    return quotient - (a < quotient * b).to(tl.int32)
+
+
+@jit
+def _holds_everything(at):
+    """Whether a band forbids no pair: the second one of a term that has only one."""
+    far: tl.constexpr = 1 << 30
+    return (
+        (tl.load(at + 1) == -far) & (tl.load(at + 2) == far) & (tl.load(at + 3) == 1)
+        & (tl.load(at + 4) == -far) & (tl.load(at + 5) == far)
+        & (tl.load(at + 6) == -far) & (tl.load(at + 7) == far)
+    )
 
 
 @jit
@@ -116,10 +127,12 @@ def _states(
             j = tl.min(left, axis=0)
             while j < n_terms:
                 at = terms_ptr + j * FIELDS
-                some_1, every_1 = _held(at, first_row, last_row, first_col, last_col)
-                some_2, every_2 = _held(at + 8, first_row, last_row, first_col, last_col)
-                some = some | (some_1 & some_2)
-                every = every | (every_1 & every_2)
+                holds_some, holds_every = _held(at, first_row, last_row, first_col, last_col)
+                if not _holds_everything(at + 8):       # divisions take most of a list's time
+                    and_some, and_every = _held(at + 8, first_row, last_row, first_col, last_col)
+                    holds_some, holds_every = holds_some & and_some, holds_every & and_every
+                some = some | holds_some
+                every = every | holds_every
                 left = tl.where(left == j, n_terms, left)
                 j = tl.min(left, axis=0)
         state = tl.where(every, FULL, tl.where(some, PARTIAL, 0))
@@ -216,7 +229,7 @@ class Walk(NamedTuple):
             len(self.terms), self.n_q, self.n_k, n_owners, n_walked,
             BLOCK_Q=self.block_q, BLOCK_K=self.block_k, FROM_TERMS=len(self.grid) == 0,
             OF_KEYS=of_keys, WIDTH=width, ONCE=n_walked <= width,
-            num_warps=max(1, min(4, width // 64)),      # one warp for 128 would spill
+            num_warps=max(1, min(8, width // 128)),
         )  # fmt: skip
         return blocks, n_full, n_live, 0 if n_lists == 1 else n_owners
 
@@ -238,7 +251,12 @@ class Walk(NamedTuple):
 def walk_from(
     q: Tensor, k: Tensor, grid: Tensor, terms: list[int], block_q: int, block_k: int
 ) -> Walk:
-    """The walk of a call: `terms` as `numbers_of` makes them, `grid` of chosen blocks or empty."""
+    """The walk of a call: `terms` as `numbers_of` makes them, `grid` of chosen blocks or empty.
+
+    Blocks of size 0 are chosen here: torch.compile cannot trace what asks for the GPU's facts.
+    """
+    if block_q == 0:
+        block_q = block_k = choose_block(terms)
     n_q, n_k = q.shape[2], k.shape[2]
     window = _as_window(tuple(terms))
     from_terms = window is None and len(grid) == 0
@@ -301,15 +319,15 @@ def _as_window(numbers: tuple[int, ...]) -> tuple[int, int, int] | None:
     return window[1], window[2], sinks[7]
 
 
-def choose_blocks(terms) -> tuple[int, int]:
-    """Queries and keys of a block of the lists: less than a tile's where the rule is of blocks."""
+def choose_block(numbers: list[int]) -> int:
+    """Tokens of a block of the lists: less than a tile's where the rule is of blocks."""
     size = 32 if gpu_facts() is None else 64
-    grain = math.gcd(*(band[0] for term in terms for band in term if band[0] > 1))
+    grain = math.gcd(*(grain for grain in numbers[::8] if grain > 1))
     if gpu_facts() is not None and grain and grain % 128 == 0:
         size = 128
     while grain and size > 16 and grain % size:
         size //= 2
-    return size, size
+    return size
 
 
 @jit

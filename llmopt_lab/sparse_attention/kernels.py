@@ -40,7 +40,6 @@ from llmopt_lab.sparse_attention.backward_kernels import (
 )
 from llmopt_lab.sparse_attention.block_list_kernels import (
     Walk,
-    choose_blocks,
     grid_of,
     numbers_of,
     select_kernel,
@@ -217,10 +216,9 @@ def sparse_attention_triton(
 
 def _settings(q: Tensor, k: Tensor, pattern, lists: BlockLists | None):
     """(grid, terms, block_q, block_k): pattern and lists as the operator takes them."""
-    terms = pattern.at(k.shape[2]).terms()
-    numbers = numbers_of(terms)
+    numbers = numbers_of(pattern.at(k.shape[2]).terms())
     if lists is None:
-        return q.new_empty((0, 0, 0), dtype=torch.int8), numbers, *choose_blocks(terms)
+        return q.new_empty((0, 0, 0), dtype=torch.int8), numbers, 0, 0
     _check_lists(lists, q, k)
     return grid_of(lists), numbers, lists.tile_q, lists.tile_k
 

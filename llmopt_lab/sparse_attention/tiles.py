@@ -18,8 +18,12 @@ sized_jit = partial(jit, do_not_specialize=(
     "n_q", "n_k", "n_parts", "list_head", "n_terms", "low", "high", "n_sinks",
 ))
 
-# flash attention's, but for a row that would spill with the rule beside it
-TILES = attention_kernels.TILES | {("backward_keys", 2, 64): Tiles(64, 128, 8, 3)}
+# flash attention's, but where short walks over few tiles do better with two programs a
+# multiprocessor: one works while the other begins or ends
+TILES = attention_kernels.TILES | {
+    ("backward_keys", 2, 128): Tiles(64, 64, 4, 2),
+    ("backward_queries", 2, 128): Tiles(64, 64, 4, 2),
+}
 
 # most queries and keys of a tile, and warps, where the rule is more than a window
 LONG_RULE = {
