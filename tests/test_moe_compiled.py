@@ -67,13 +67,13 @@ def spec(
     )
     constexprs = {
         "D": d, "N_EXPERTS": n_experts, "E": e, "K": k, "K_PADDED": 1 << (k - 1).bit_length(),
-        "D_FF": d_ff, "SAVE": True, "SOLO": few, "N_PARTS": 16 if few else 0,
+        "D_FF": d_ff, "SAVE": True, "SOLO": few, "N_PARTS": 8 if few else 0,
         "TILE_TOKENS": rows, "TILE_D": step, "TILE_ROWS": rows_for(sizes, DTYPES[dtype]),
         "ROWS": rows, "COLS": cols, "STEP": step, "STAGES": tiles.n_stages, "TMA": tma,
         "N_IN": 2 * d_ff if transposed else d_ff, "N_OUT": d, "TRANSPOSED": transposed,
         "WEIGHTED": not transposed, "SPLITS": 2 if few and not transposed else 1,
         "M": d, "N": 2 * d_ff, "GATHER_A": True, "PDL": on_hopper,
-        "LENGTH": 128, "LOGIT_ROWS": 16, "TOKENS": 4, "ARRIVED": 64,
+        "LENGTH": 256, "LOGIT_ROWS": 16, "TOKENS": 4, "ARRIVED": 64,
         "PRECISION": "tf32x3" if dtype == "fp32" and on_hopper else "ieee",
     }  # fmt: skip
     return {

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 SCAN = 8192             # counts that _scan_kernel reads at a time
-LOGIT_PARTS = 16        # multiprocessors that read the router for few tokens
+LOGIT_PARTS = 8         # multiprocessors that read the router for few tokens
 
 
 @jit

@@ -130,10 +130,8 @@ TILES = {
     ("weight_gradient", 4, True): Tiles(64, 64, 32, 4, 2),
     ("weight_gradient", 4, False): Tiles(64, 64, 32, 4, 2),
 }
-SMALL_TILES = {     # of 16 rows: as many weights under way as shared memory holds
-    "gate_up": Tiles(16, 64, 128, 4, 5),
-    "project": Tiles(16, 256, 64, 4, 4),
-}
+# gate_up with 16 rows: as many weights under way as shared memory holds
+SMALL_GATE_UP = Tiles(16, 64, 128, 4, 5)
 
 
 def choose_rows(sizes: Sizes, dtype: torch.dtype) -> int:
@@ -173,8 +171,8 @@ def tiles_for(
         itemsize = dtype.itemsize if tensor_cores else 4    # without them products are float32
         rows = rows_for(sizes, dtype)
         tiles = TILES[kernel, itemsize, rows == 128]
-        if rows == 16 and itemsize == 2:
-            tiles = SMALL_TILES.get(kernel, tiles)
+        if (kernel, rows, itemsize) == ("gate_up", 16, 2):
+            tiles = SMALL_GATE_UP
         if kernel != "weight_gradient":
             tiles = tiles._replace(rows=rows)
         tiles = tiles._replace(tma=capability is not None and capability >= (9, 0))
