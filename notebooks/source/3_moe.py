@@ -653,19 +653,21 @@ for case in h200["cases"]:
 # %% [markdown]
 # *The floor* is the time to read the weights of the experts touched, or to compute the products, at the rates
 # that the same run measured. Wins and losses:
-# - **Prefill.** A layer built on `torch._grouped_mm` takes 1.11 times as long at Mixtral's shape and 1.90 times at
-#   Qwen3's. Compiled it is *level* with ours at Mixtral's (0.98) and takes 1.37 times as long at Qwen3's, where it
+# - **Prefill.** A layer built on `torch._grouped_mm` takes 1.08 times as long at Mixtral's shape and 1.81 times at
+#   Qwen3's. Compiled it is *level* with ours at Mixtral's (1.00) and takes 1.31 times as long at Qwen3's, where it
 #   writes a sorted copy of the tokens, 262,144 rows, and we write none.
-# - **The Hopper kernels gain nothing here.** "ours in Triton" in the whole table leaves them out: 0.99 and 1.01.
-# - **Decode** reaches 0.89 to 0.96 of the floor in five of eight rows, and falls short in three: Mixtral with 64 tokens
-#   (0.77), where running *every* expert on every token is as fast (0.98: all eight are read anyway), and Qwen3 with
-#   1 token (0.44) and with 4 (0.73).
-# - The plain loop is good enough for one thing: thousands of tokens and few experts, where it takes 1.18 times as
-#   long. With 128 experts and few tokens it takes 67 to 167 times as long: the host waits for the device at each expert.
+# - **Kernels written for Hopper gained nothing here.** The two products with lesson 2's warp specialisation ran at 0.99
+#   and 1.01 times the speed of Triton's (commit 73af772f): 334 lines, taken out again.
+# - **Decode** reaches 0.88 to 0.96 of the floor in six of eight rows, and falls short of 0.8 in two: Qwen3 with 1 token
+#   (0.52) and with 4 (0.77). With 64 tokens Mixtral reads all eight experts anyway, and running *every* expert on every
+#   token still takes 1.22 times as long.
+# - The plain loop is good enough for one thing: thousands of tokens and few experts, where it takes 1.13 times as
+#   long. With 128 experts and few tokens it takes 82 to 211 times as long: the host waits for the device at each expert.
 #
 # Why is one token of Qwen3 so far from the floor? Its eight experts are 76 MB, and the H200 reads these in 17 µs. The
-# layer is five kernels, each needs the one before, and it takes 39 µs. By the profiler, the wait for the kernel before
-# included:
+# layer takes 33 µs, in three kernels, each of which needs the one before: the logits; gate and up of the experts that
+# these choose; the projection. As five kernels, the way that more than four tokens go, it took 39 µs. Here are those
+# five by the profiler (commit 73af772f), the wait for the kernel before included:
 
 # %% tags=["nbval-ignore-output"]
 import json
@@ -679,7 +681,7 @@ for kernel, us in measured["decode_kernels"]["us"].items():
 # %% [markdown]
 # The router is less than 1 % of the bytes and takes a quarter of the time: before it has chosen, no expert can be read.
 # And while kernels begin and end, memory is not busy. At 16 tokens 86 of the experts are read, and all of this
-# is a tenth of the time.
+# is an eighth of the time.
 #
 # **Training.** The backward pass has twice the products of the forward pass. Does the layer that wins forward win with
 # it, too? From the same machine, at the shapes of *prefill*, beside the layer on `torch._grouped_mm`, not compiled,
@@ -698,8 +700,7 @@ for row in measured["training"]["rows"]:
 # At Qwen3's shape it wins, 1.65 times. At Mixtral's **it loses**: 0.86, although its forward pass is faster. The
 # backward kernels are where a few large experts cost us time: 13.9 ms, and 10.5 on `torch._grouped_mm`.
 #
-# The whole table of the benchmark, with its spread and the peer that was left out. In prefill its last column divides by
-# the faster of our two rows:
+# The whole table of the benchmark, with its spread and the peer that was left out:
 
 # %% tags=["nbval-ignore-output"]
 print(format_results(h200))
