@@ -1,6 +1,7 @@
 """Benchmarks: nothing wrong is timed, nothing absent is hidden, and the numbers add up."""
 
 import json
+import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -182,6 +183,25 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys):
     assert len(ours) >= len(rows) >= 2 and all(r["max_error"] < 1e-4 for r in ours)
 
 
+def test_a_run_that_ends_too_early_keeps_the_cases_it_has_measured(tmp_path, monkeypatch):
+    out = tmp_path / "results.json"
+    out.write_text("an older record")
+    real, done = bench.run_case, []
+
+    def stopped(*args):
+        if done:
+            raise KeyboardInterrupt
+        done.append(real(*args))
+        return done[0]
+
+    monkeypatch.setattr(bench, "run_case", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        main(["bench", "distillation", "--cpu", "--out", str(out)])
+    assert out.read_text() == "an older record"
+    kept = json.loads((tmp_path / "results.json.part").read_text())
+    assert [case["title"] for case in kept["cases"]] == [done[0]["title"]]
+
+
 RECORDED = {
     f"{folder.parent.name} {results['hardware']['name']}": results
     for folder in sorted(Path(bench.__file__).parents[1].glob("*/results"))
@@ -212,6 +232,19 @@ def test_a_gpu_timing_is_close_to_what_the_bandwidth_allows():
     timing = bench.time_calls([x.sum for x in sets], device)
     assert timing.how == "graph"
     assert 0.7 < roofline.floor_ms(sets[0].nbytes, 0) / timing.median_ms < 1.1
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_slow_contender_visits_fewer_input_sets_and_a_fast_one_all():
+    device = torch.device("cuda")
+    x = torch.ones(5, device=device)
+
+    def slow():
+        time.sleep(0.02)
+        return x.item()
+
+    assert bench._Timer([slow] * 32, device).n_calls in (bench.MIN_SETS, 5)
+    assert bench._Timer([x.sum] * 32, device).n_calls == 32
 
 
 @pytest.mark.gpu

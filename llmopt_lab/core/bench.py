@@ -35,7 +35,8 @@ from llmopt_lab.core.errors import BadInput, LabError, require
 from llmopt_lab.core.memory import ceil_div
 
 COLD_BYTES = 512 << 20  # several times the L2 of any supported GPU
-MAX_SETS = 32  # input sets a case is timed on
+MIN_SETS, MAX_SETS = 4, 32  # input sets a case is timed on
+LONGEST = 0.1  # seconds of one sample: a slow contender visits fewer sets
 TURNS = 6  # rounds in which the contenders of a row are timed
 SECONDS = 0.3  # of samples for each contender
 SETTLE = 0.1  # seconds a contender runs before its samples of a turn
@@ -106,6 +107,12 @@ class _Timer:
         for call in calls:
             call()
         torch.cuda.synchronize()
+        start = time.perf_counter()
+        calls[0]()
+        torch.cuda.synchronize()
+        fit = int(LONGEST / (time.perf_counter() - start))
+        self.calls = calls = calls[: max(MIN_SETS, fit)]
+        self.n_calls = len(calls)
         self.replay, self.how = _capture(calls)
         self.least = ceil_div(20, TURNS)
         self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
@@ -230,7 +237,7 @@ def run_case(
         want = case.oracle(*inputs)
         n_sets = 1
         if device.type == "cuda":
-            n_sets = max(4, min(MAX_SETS, ceil_div(COLD_BYTES, case.min_bytes(**size))))
+            n_sets = max(MIN_SETS, min(MAX_SETS, ceil_div(COLD_BYTES, case.min_bytes(**size))))
         sets = [inputs] + [_copy(inputs) for _ in range(n_sets - 1)]
         floor = roofline.floor_ms(case.min_bytes(**size), case.flops(**size))
         results = _run_contenders(case.contenders, sets, want, device)
@@ -328,10 +335,12 @@ def run_room(
     device: torch.device | None = None,
     commit: str | None = None,
     where: Where | None = None,
+    keep: Callable[[dict], None] = lambda results: None,
 ) -> dict:
     """Every case of a room, with the facts of the machine: what `llmopt bench` writes as JSON.
 
-    `where(title, size)` picks some rows: a lesson cannot wait for all of them.
+    `where(title, size)` picks some rows: a lesson cannot wait for all of them. `keep` is shown the
+    results so far after every case: what was measured outlives a session that ends too early.
 
     Raises:
         BadInput: no such room, or `where` picks nothing.
@@ -348,7 +357,7 @@ def run_room(
         f"`where` picks no row of {room}; its cases are {[case.title for case in cases.CASES]}",
     )
     roofline = measure_roofline(device)
-    return {
+    results = {
         "format_version": FORMAT_VERSION,
         "room": room,
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -359,8 +368,12 @@ def run_room(
             "read_gb_s": roofline.read_gb_s,
             "matmul_tflop_s": roofline.matmul_tflop_s,
         },
-        "cases": [run_case(case, device, roofline, where) for case in picked],
+        "cases": [],
     }
+    for case in picked:
+        results["cases"].append(run_case(case, device, roofline, where))
+        keep(results)
+    return results
 
 
 def _commit() -> str | None:
@@ -424,14 +437,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`llmopt bench ROOM`: print the table, write the JSON."""
+    """`llmopt bench ROOM`: print the table, write the JSON, to OUT.part until all is measured."""
     if args.out:
         require(args.out.parent.is_dir(), f"the folder {args.out.parent} does not exist")
+        part = args.out.with_name(f"{args.out.name}.part")
+
+    def keep(results: dict) -> None:
+        if args.out:
+            part.write_text(json.dumps(results, indent=1) + "\n")
+
     device = torch.device("cpu") if args.cpu else pick_device()
-    results = run_room(args.room, device=device, commit=args.commit)
+    results = run_room(args.room, device=device, commit=args.commit, keep=keep)
     print(format_results(results))
     if args.out:
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        part.replace(args.out)
         print(f"written: {args.out}")
     return 0
 
