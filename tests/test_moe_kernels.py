@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from llmopt_lab.core.bench import load_results
 from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.errors import BadInput
-from llmopt_lab.moe import few_token_kernels, kernels, route_kernels, tiles
+from llmopt_lab.moe import few_token_kernels, kernels, measure, route_kernels, tiles
 from llmopt_lab.moe.cases import CASES
 from llmopt_lab.moe.kernels import moe_layer_triton
 from llmopt_lab.moe.route_kernels import route
@@ -551,6 +551,18 @@ def test_two_runs_on_a_gpu_give_the_same_bits(shape):
         return out, *torch.autograd.grad(out.square().sum(), args)
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@pytest.mark.gpu
+def test_what_is_measured_of_training_and_decoding_has_all_that_lesson_3_prints():
+    size = {"n_tokens": 64, "n_experts": 4, "d": 128, "d_ff": 64, "k": 2}
+    row = measure.training_step(size)
+    assert max(row["gradients_differ"].values()) < 0.02
+    for times in row["results"].values():
+        assert len(times["forward"]["samples_ms"]) == len(times["forward + backward"]["samples_ms"])
+    names = measure.decode_kernels(size | {"n_tokens": 1})
+    assert set(names) == {"_logits_kernel", "_gate_up_kernel", "_project_kernel"}
+    assert min(names.values()) > 0
 
 
 @pytest.mark.gpu

@@ -126,7 +126,7 @@ def _tokens(n_tokens: int, d: int, n_experts: int, k: int) -> tuple[Tensor, Tens
         x[near] = torch.randn(int(near.sum()), d, generator=rng).bfloat16()
 
 
-def _bench_inputs(device, *, n_tokens: int, n_experts: int, d: int, d_ff: int, k: int) -> tuple:
+def bench_inputs(device, *, n_tokens: int, n_experts: int, d: int, d_ff: int, k: int) -> tuple:
     dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
     x, router, _ = _tokens(n_tokens, d, n_experts, k)
     rng = torch.Generator(device).manual_seed(1)
@@ -154,7 +154,7 @@ QWEN = {"n_experts": 128, "d": 2048, "d_ff": 768, "k": 8}  # Qwen3-30B-A3B
 CPU_SIZES = ({"n_tokens": 9, "n_experts": 4, "d": 24, "d_ff": 20, "k": 2},)
 CASES = tuple(
     Case(
-        title=title, sizes=sizes, inputs=_bench_inputs, oracle=peers.oracle,
+        title=title, sizes=sizes, inputs=bench_inputs, oracle=peers.oracle,
         contenders=contenders, flops=_flops, min_bytes=_min_bytes, cpu_sizes=CPU_SIZES,
     )
     for title, contenders, sizes in (

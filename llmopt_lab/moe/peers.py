@@ -41,10 +41,12 @@ def ours(x: Tensor, router: Tensor, w_gate_up: Tensor, w_down: Tensor, k: int) -
     return lambda: moe_layer_triton(x, router, w_gate_up, w_down, k=k)
 
 
-def grouped(x: Tensor, router: Tensor, w_gate_up: Tensor, w_down: Tensor, k: int) -> Tensor:
+def grouped(
+    x: Tensor, router: Tensor, w_gate_up: Tensor, w_down: Tensor, k: int, logits_of=None
+) -> Tensor:
     """A layer built on torch's grouped product: sort, gather, two products, gather back."""
     n_tokens, n_experts = len(x), len(w_down)
-    weights, experts = _logits(x, router).topk(k)
+    weights, experts = (logits_of or _logits)(x, router).topk(k)
     weights = weights.softmax(1)
     by_expert, order = experts.flatten().sort()
     numbers = torch.arange(n_experts, device=x.device)
