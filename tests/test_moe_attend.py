@@ -23,7 +23,7 @@ def build(**moe: int) -> Transformer:
 def test_a_models_logits_stay_what_they_were():
     model = build(n_experts=5, top_k=2)
     for weight in model.parameters():
-        weight.mul_(3.0)
+        weight.mul_(1.5)  # at 3, plain float32 is as far off as the tolerance on some processors
     tokens = torch.arange(14).view(2, 7)
     want = model.double()(tokens)
     got = use_kernels(model.float())(tokens)
