@@ -41,7 +41,7 @@ ROOM_FILE = {
     "__init__": ({"records", "reference", "siblings"}, {"core", "nn"}),
     "reference": ({"records", "reference", "siblings"}, {"core", "nn"}),
 }
-MAY_IMPORT_TRITON = ("kernels", "*_kernels", "tiles", "hopper", "triton_check")
+MAY_IMPORT_TRITON = ("kernels", "*_kernels", "tiles", "hopper", "launch", "triton_check")
 
 
 def kind(stem: str) -> str:

@@ -2,15 +2,15 @@
 tiles may be on a GPU, and the check of q, k and v.
 """
 
-import inspect
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from llmopt_lab.core.device import gpu_facts, interpreting, pick_device, prepare_triton
+from llmopt_lab.core.device import interpreting, prepare_triton
 from llmopt_lab.core.errors import require
+from llmopt_lab.core.launch import allow_descriptors, jit, shared_bytes
 
 prepare_triton()
 
@@ -21,11 +21,6 @@ LOG2_E = tl.constexpr(1.4426950408889634)   # exp(x) == exp2(x * LOG2_E), exp2 i
 MIN_D = 16                                  # tl.dot wants at least 16 columns
 MAX_D = 256
 MAX_ROW_STRIDE = 1 << 24                    # elements
-
-
-def jit(fn, **options):
-    """triton.jit of the function itself, which a test's type checker may have wrapped."""
-    return triton.jit(inspect.unwrap(fn), **options)
 
 
 @jit
@@ -146,7 +141,9 @@ def tiles_from(
         tiles = Tiles(tile_q, tile_k, at_most[2], 2, tiles.tma)
     if itemsize == 2 and (capability is None or capability[0] not in (9, 10)):
         tiles = _with_shorter_steps(kernel, tiles)      # products read registers, not shared memory
-    while _bytes_needed(kernel, tiles, itemsize * d) > _shared_bytes(capability):
+    # AMD's has 64 KiB, but its kernels do not keep tiles there
+    most = shared_bytes(capability) if capability else 99 << 10
+    while _bytes_needed(kernel, tiles, itemsize * d) > most:
         if tiles.n_stages > 2:
             tiles = tiles._replace(n_stages=tiles.n_stages - 1)
         elif max(tiles.tile_q, tiles.tile_k) == 16:
@@ -174,15 +171,6 @@ def _bytes_needed(kernel: str, tiles: Tiles, row_bytes: int) -> int:
     return row_bytes * (kept + 2 * tiles.n_stages * walked) + 2048      # barriers, lse, delta
 
 
-def _shared_bytes(capability: tuple[int, int] | None) -> int:
-    """Most shared memory of one program. AMD's has 64 KiB, but does not keep tiles there."""
-    if capability is not None and capability < (8, 0):
-        return 64 << 10
-    if capability is not None and capability[0] in (9, 10):
-        return 227 << 10
-    return 163 << 10 if capability in ((8, 0), (8, 7)) else 99 << 10
-
-
 def options_of(tiles: Tiles, *walked: Tensor) -> dict:
     """`tiles` as the kernels take them. TMA needs addresses and strides in steps of 16 bytes."""
     aligned = all(
@@ -190,27 +178,15 @@ def options_of(tiles: Tiles, *walked: Tensor) -> dict:
         for x in walked
     )
     if tiles.tma and aligned:
-        triton.set_allocator(_scratch)      # at each launch: every thread has a setting of its own
+        allow_descriptors()
     return {
         "TILE_Q": tiles.tile_q, "TILE_K": tiles.tile_k, "STAGES": tiles.n_stages,
         "TMA": tiles.tma and aligned, "num_warps": tiles.n_warps,
     }  # fmt: skip
 
 
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Where a kernel keeps the TMA descriptors that it makes."""
-    return torch.empty(size, dtype=torch.int8, device=pick_device())
-
-
 def strides_of(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
-
-
-def precision_of(dtype: torch.dtype) -> str:
-    """Of float32 products: three tf32 products are nearly as exact and run on tensor cores."""
-    gpu = gpu_facts()
-    has_tf32 = torch.version.hip is None and gpu is not None and gpu.capability >= (8, 0)
-    return "tf32x3" if dtype == torch.float32 and has_tf32 else "ieee"
 
 
 def padded(d_head: int) -> int:

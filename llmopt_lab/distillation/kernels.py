@@ -8,7 +8,6 @@ front, for loss and gradient. What the first walk read last the second reads fir
 row is still in the caches.
 """
 
-import inspect
 import math
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from llmopt_lab.core.device import interpreting, prepare_triton
 from llmopt_lab.core.errors import require
+from llmopt_lab.core.launch import jit
 from llmopt_lab.core.memory import tiles
 
 prepare_triton()
@@ -30,11 +30,6 @@ WIDTH = 8                                   # tokens of a lane: 16 bytes in half
 CHUNK_BYTES = 256 << 20                     # of the buffers that hold a chunk's logits, at most
 FEWEST_ROWS = 256                           # of a chunk: below, the products lose their speed
 FEW_CHUNKS = 16                             # whose sum may be rounded to half precision after each
-
-
-def jit(fn):
-    """triton.jit of the function itself, which a test's type checker may have wrapped."""
-    return triton.jit(inspect.unwrap(fn))
 
 
 @jit

@@ -17,12 +17,10 @@ from llmopt_lab.core.attention_kernels import (
     check_qkv,
     empty_like,
     is_walkable,
-    jit,
     load_rows,
     options_of,
     owned,
     padded,
-    precision_of,
     rows_of,
     scale_of,
     store_rows,
@@ -30,6 +28,7 @@ from llmopt_lab.core.attention_kernels import (
     tiles_from,
 )
 from llmopt_lab.core.device import gpu_facts, prepare_triton
+from llmopt_lab.core.launch import jit, precision_of
 from llmopt_lab.core.memory import ceil_div
 from llmopt_lab.flash_attention import hopper
 

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from llmopt_lab.core.device import prepare_triton
+from llmopt_lab.core.launch import dependent_launch, jit
 from llmopt_lab.core.memory import ceil_div
 from llmopt_lab.moe.route_kernels import logit_parts
 from llmopt_lab.moe.tiles import (
     Sizes,
     begin_kernel,
     choose_tiles,
-    dependent_launch,
-    jit,
     load_rows,
     load_weight,
     operands_of,
@@ -200,15 +199,15 @@ def layer(x: Tensor, router: Tensor, w_gate_up: Tensor, w_down: Tensor, sizes: S
         x, w, logits, hidden, experts, weights, arrived, n_tokens, n_col_tiles,
         K=k, D=d, D_FF=d_ff, N_EXPERTS=n_experts, E=logits.shape[2], N_PARTS=len(logits),
         LOGIT_ROWS=logits.shape[1], TOKENS=tokens,
-        ARRIVED=triton.next_power_of_2(n_col_tiles), **options, **dependent_launch(x),
+        ARRIVED=triton.next_power_of_2(n_col_tiles), **options, **dependent_launch(x.device),
     )  # fmt: skip
-    splits = splits_for(sizes.n_visits * n_col_tiles, d_ff, down)
+    splits = splits_for(sizes.n_visits * n_col_tiles, d_ff)
     parts = x.new_empty((splits, sizes.n_visits, d), dtype=torch.float32)
     out = torch.empty_like(x)
     (w,), options = operands_of(down, (w_down, down.step, down.cols))
     _project_kernel[(sizes.n_visits * n_col_tiles * splits,)](
         hidden, w, experts, weights, parts, arrived, out, n_tokens, sizes.n_visits,
         K=k, K_PADDED=triton.next_power_of_2(k), D=d, D_FF=d_ff, SPLITS=splits, TOKENS=tokens,
-        **options, **dependent_launch(x),
+        **options, **dependent_launch(x.device),
     )  # fmt: skip
     return out

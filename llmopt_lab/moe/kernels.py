@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmopt_lab.core.device import interpreting, prepare_triton
 from llmopt_lab.core.errors import require
+from llmopt_lab.core.launch import dependent_launch, jit
 from llmopt_lab.core.memory import ceil_div
 from llmopt_lab.moe import few_token_kernels
 from llmopt_lab.moe.route_kernels import Routed, empty_routed, route
@@ -23,8 +24,6 @@ from llmopt_lab.moe.tiles import (
     Sizes,
     begin_kernel,
     choose_tiles,
-    dependent_launch,
-    jit,
     load_rows,
     load_weight,
     operands_of,
@@ -408,7 +407,7 @@ def _gate_up(x, w_gate_up, hidden, gate_up, routed: Routed, sizes: Sizes, save: 
     (w,), options = operands_of(tiles, (w_gate_up, tiles.step, tiles.cols))
     _gate_up_kernel[(n_row_tiles * ceil_div(sizes.d_ff, tiles.cols),)](
         x, w, hidden, gate_up, *routed.tiles(), n_row_tiles,
-        K=sizes.k, D=sizes.d, D_FF=sizes.d_ff, SAVE=save, **options, **dependent_launch(x),
+        K=sizes.k, D=sizes.d, D_FF=sizes.d_ff, SAVE=save, **options, **dependent_launch(x.device),
     )  # fmt: skip
 
 
@@ -420,7 +419,7 @@ def _project(rows, w, routed: Routed, sizes: Sizes, *, transposed: bool) -> Tens
     tiles = choose_tiles("project", sizes, rows.dtype)
     n_row_tiles, n_in = sizes.n_row_tiles(rows.dtype), rows.shape[1]
     n_col_tiles = ceil_div(sizes.d, tiles.cols)
-    splits = splits_for(n_row_tiles * n_col_tiles, n_in, tiles) if not transposed else 1
+    splits = splits_for(n_row_tiles * n_col_tiles, n_in) if not transposed else 1
     dtype = rows.dtype if splits == 1 else torch.float32
     parts = rows.new_empty((splits, sizes.n_visits, sizes.d), dtype=dtype)
     _project_into(parts, rows, w, routed, sizes, tiles, transposed=transposed)
@@ -436,7 +435,7 @@ def _project_into(parts, rows, w, routed: Routed, sizes: Sizes, tiles, *, transp
     _project_kernel[(n_row_tiles * n_col_tiles * splits,)](
         a, b, routed.weights, parts, *routed.tiles(), n_row_tiles, sizes.n_visits,
         N_IN=n_in, N_OUT=d, TRANSPOSED=transposed, WEIGHTED=not transposed, SPLITS=splits,
-        **options, **dependent_launch(rows),
+        **options, **dependent_launch(rows.device),
     )  # fmt: skip
 
 
@@ -446,7 +445,7 @@ def _combine(parts: Tensor, sizes: Sizes, dtype: torch.dtype) -> Tensor:
     tile_d = min(1024, triton.next_power_of_2(sizes.d))
     _combine_kernel[(sizes.n_tokens, ceil_div(sizes.d, tile_d))](
         parts, out, sizes.n_tokens,
-        K=sizes.k, SPLITS=len(parts), D=sizes.d, TILE_D=tile_d, **dependent_launch(parts),
+        K=sizes.k, SPLITS=len(parts), D=sizes.d, TILE_D=tile_d, **dependent_launch(parts.device),
     )  # fmt: skip
     return out
 

@@ -18,7 +18,6 @@ from llmopt_lab.core.bench import FORMAT_VERSION
 from llmopt_lab.core.device import hardware_facts, software_facts
 from llmopt_lab.core.errors import require
 from llmopt_lab.moe.cases import MIXTRAL, QWEN, bench_inputs
-from llmopt_lab.moe.kernels import moe_layer_triton
 from llmopt_lab.moe.peers import grouped
 
 RESULTS = Path(__file__).parent / "results" / "measured.json"
@@ -41,6 +40,8 @@ Layer = Callable[..., Tensor]  # (x, router, w_gate_up, w_down, k) -> the result
 
 
 def _ours(*tensors: Tensor, k: int) -> Tensor:
+    from llmopt_lab.moe.kernels import moe_layer_triton
+
     return moe_layer_triton(*tensors, k=k)
 
 
@@ -94,11 +95,11 @@ def _milliseconds(call: Callable[[], object]) -> float:
 def decode_kernels(size: dict, n_calls: int = 20) -> dict[str, float]:
     """Microseconds of each kernel of one call."""
     *tensors, k = bench_inputs("cuda", **size)
-    moe_layer_triton(*tensors, k=k)
+    _ours(*tensors, k=k)
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(n_calls):
-            moe_layer_triton(*tensors, k=k)
+            _ours(*tensors, k=k)
         torch.cuda.synchronize()
     kernels = [event for event in profile.key_averages() if event.key.endswith("_kernel")]
     return {event.key: round(event.device_time_total / n_calls, 2) for event in kernels}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llmopt_lab.core.device import prepare_triton
+from llmopt_lab.core.launch import dependent_launch, jit, precision_of
 from llmopt_lab.core.memory import ceil_div
 from llmopt_lab.moe.tiles import (
     MIN_ROWS,
@@ -18,9 +19,6 @@ from llmopt_lab.moe.tiles import (
     begin_kernel,
     choose_rows,
     choose_tiles,
-    dependent_launch,
-    jit,
-    precision_of,
 )
 
 prepare_triton()
@@ -273,7 +271,7 @@ def logit_parts(x: Tensor, router: Tensor, sizes: Sizes) -> Tensor:
         x, router, parts, sizes.n_tokens,
         D=sizes.d, N_EXPERTS=sizes.n_experts, E=e, LENGTH=length, TILE_TOKENS=tiles.rows,
         TILE_D=tiles.step, PRECISION=precision_of(x.dtype), STAGES=tiles.n_stages,
-        num_warps=tiles.n_warps, **dependent_launch(x),
+        num_warps=tiles.n_warps, **dependent_launch(x.device),
     )  # fmt: skip
     return parts
 
@@ -292,7 +290,7 @@ def route(x: Tensor, router: Tensor, sizes: Sizes, save: bool) -> Routed:
     padded = {"N_EXPERTS": n_experts, "E": e}
     common = {"TILE_TOKENS": tiles.rows, "TILE_D": tiles.step, "STAGES": tiles.n_stages,
               "PRECISION": precision_of(x.dtype), "num_warps": tiles.n_warps}  # fmt: skip
-    pdl = dependent_launch(x)
+    pdl = dependent_launch(x.device)
     parts = x.new_empty(0, dtype=torch.float32)
     if n_token_tiles == 1:
         parts = logit_parts(x, router, sizes)

@@ -1,12 +1,12 @@
 """The tiles of this room's Triton kernels: how large they are, and how kernels load them."""
 
-import inspect
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llmopt_lab.core.device import gpu_facts, prepare_triton
+from llmopt_lab.core.launch import jit, precision_of, shared_bytes
 
 prepare_triton()
 
@@ -18,11 +18,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 MIN_ROWS = 16           # of a row tile
 DECODE_TOKENS = 64      # up to here no tile is worth 128 rows
 GROUP = tl.constexpr(8)     # row tiles that share the weights of a column tile while in L2
-
-
-def jit(fn):
-    """triton.jit of the function itself, which a test's type checker may have wrapped."""
-    return triton.jit(inspect.unwrap(fn))
 
 
 @jit
@@ -176,7 +171,7 @@ def tiles_for(
         if kernel != "weight_gradient":
             tiles = tiles._replace(rows=rows)
         tiles = tiles._replace(tma=capability is not None and capability >= (9, 0))
-    while _bytes_needed(kernel, tiles, dtype.itemsize) > _shared_bytes(capability):
+    while _bytes_needed(kernel, tiles, dtype.itemsize) > shared_bytes(capability):
         if tiles.n_stages > 2:
             tiles = tiles._replace(n_stages=tiles.n_stages - 1)
         elif tiles.step > 32:
@@ -192,16 +187,7 @@ def _bytes_needed(kernel: str, tiles: Tiles, itemsize: int) -> int:
     return itemsize * tiles.n_stages * tiles.step * (tiles.rows + n_cols) + 2048
 
 
-def _shared_bytes(capability: tuple[int, int] | None) -> int:
-    """Most shared memory of one program."""
-    if capability is None or capability < (8, 0):
-        return 64 << 10
-    if capability[0] in (9, 10):
-        return 227 << 10
-    return 163 << 10 if capability in ((8, 0), (8, 7)) else 99 << 10
-
-
-def splits_for(n_tiles: int, n_in: int, tiles: Tiles) -> int:
+def splits_for(n_tiles: int, n_in: int) -> int:
     """Into how many parts a sum is cut, so that few tiles still keep the whole chip reading.
 
     Long sums are cut for the sake of an even end as well: the parts are little beside them.
@@ -245,16 +231,3 @@ def _has_tma_strides(x: Tensor) -> bool:
     steps = [x.data_ptr(), *(stride * x.itemsize for stride in x.stride()[:-1])]
     return x.numel() > 0 and all(step % 16 == 0 for step in steps)
 
-
-def dependent_launch(x: Tensor) -> dict:
-    """Options of a kernel whose start hides behind the end of the one before it (sm_90 on)."""
-    gpu = gpu_facts()
-    pdl = x.is_cuda and torch.version.hip is None and gpu is not None and gpu.capability >= (9, 0)
-    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
-
-
-def precision_of(dtype: torch.dtype) -> str:
-    """Of float32 products: three tf32 products are nearly as exact and run on tensor cores."""
-    gpu = gpu_facts()
-    has_tf32 = torch.version.hip is None and gpu is not None and gpu.capability >= (8, 0)
-    return "tf32x3" if dtype == torch.float32 and has_tf32 else "ieee"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llmopt_lab.core.device import gpu_facts, prepare_triton
 from llmopt_lab.core.errors import require
+from llmopt_lab.core.launch import dependent_launch
 from llmopt_lab.core.memory import ceil_div
 
 prepare_triton()
@@ -184,7 +185,7 @@ def paged_attention_decode(
     else:
         part = q.new_empty(batch, n_heads, n_splits, d_head, dtype=torch.float32)
         lse = q.new_empty(batch, n_heads, n_splits, dtype=torch.float32)
-    pdl = _has_dependent_launch(q.device)
+    launch = dependent_launch(q.device)
     _decode_kernel[(n_kv_heads, n_splits, batch)](
         q, k_cache, v_cache, block_tables, lengths, part, lse,
         q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3],
@@ -192,14 +193,14 @@ def paged_attention_decode(
         N_SPLITS=n_splits, BLOCK_SIZE=block_size, GROUP=group,
         ROWS=max(MIN_DOT_ROWS, triton.next_power_of_2(group)), D=d_head, TILE=plan.tile,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=plan.n_stages,
-        TABLE=plan.table, PDL=pdl, num_warps=plan.n_warps, **({"launch_pdl": True} if pdl else {}),
+        TABLE=plan.table, num_warps=plan.n_warps, **launch,
     )  # fmt: skip
     if n_splits > 1:
         splits = triton.next_power_of_2(n_splits)
         _merge_kernel[(n_heads, batch)](
             part, lse, lengths, out, plan.span,
-            N_SPLITS=n_splits, SPLITS=splits, D=d_head, PDL=pdl,
-            num_warps=merge_warps(splits, d_head), **({"launch_pdl": True} if pdl else {}),
+            N_SPLITS=n_splits, SPLITS=splits, D=d_head,
+            num_warps=merge_warps(splits, d_head), **launch,
         )  # fmt: skip
     return out
 
@@ -252,11 +253,6 @@ def choose_span(n_programs: int, capacity: int, tile: int) -> int:
     span = min(ceil_div(capacity, wanted), MAX_SPAN)
     span = max(span, ceil_div(capacity, MAX_SPLITS), 1)
     return ceil_div(span, tile) * tile
-
-
-def _has_dependent_launch(device: torch.device) -> bool:
-    """Programmatic dependent launch hides the start of a kernel behind the end of the last one."""
-    return device.type == "cuda" and torch.version.hip is None and gpu_facts().capability >= (9, 0)
 
 
 @triton.jit

@@ -13,14 +13,14 @@ row of the weight on the result.
 Every sum has one order, so two runs give the same bits. None of these functions has a gradient.
 """
 
-import inspect
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from llmopt_lab.core.device import gpu_facts, interpreting, pick_device, prepare_triton
+from llmopt_lab.core.device import gpu_facts, interpreting, prepare_triton
 from llmopt_lab.core.errors import require
+from llmopt_lab.core.launch import allow_descriptors, dependent_launch, jit, precision_of
 from llmopt_lab.core.memory import ceil_div
 from llmopt_lab.quantization.records import Quantized
 
@@ -52,11 +52,6 @@ UNPACK_BF16 = tl.constexpr(tuple(_BF16.replace("SHIFT", str(4 * j)) for j in ran
 UNPACK_FP16 = tl.constexpr(tuple(_FP16.replace("SHIFT", str(4 * j)) for j in range(4)))
 # the four bits below the exponent of 1.0, in one instruction
 SIXTEENTHS = tl.constexpr("lop3.b32 $0, $1, 0x00780000, 0x3F800000, 0xEA;")
-
-
-def jit(fn):
-    """triton.jit of the function itself, which a test's type checker may have wrapped."""
-    return triton.jit(inspect.unwrap(fn))
 
 
 # --- 4-bit weights: the offline layout
@@ -379,8 +374,7 @@ def w4a16_linear(
         return out.view(*x.shape[:-1], n_rows)
     has_zeros, per_slice = zeros is not None, len(scales) > n_blocks
     zeros = packed if zeros is None else zeros      # never read
-    pdl, nvidia = _has_dependent_launch(x), x.is_cuda and torch.version.hip is None
-    launch = {"launch_pdl": True} if pdl else {}
+    launch, nvidia = dependent_launch(x.device), x.is_cuda and torch.version.hip is None
     kernel = "w4a16_slices" if per_slice else "w4a16"
     tiles = choose_tiles(kernel, n_tokens, n_rows, n_cols, x.dtype)
     if tiles.tile_m == 1:
@@ -389,7 +383,7 @@ def w4a16_linear(
                 rows[token], packed.view(torch.int32), scales, zeros, out[token],
                 n_cols, n_rows, n_blocks, HAS_ZEROS=has_zeros, PER_SLICE=per_slice,
                 ROWS=tiles.tile_n, CHUNKS=tiles.tile_k // 32, STAGES=tiles.n_stages,
-                LOP3=nvidia, PDL=pdl, num_warps=tiles.n_warps, **launch,
+                LOP3=nvidia, num_warps=tiles.n_warps, **launch,
             )  # fmt: skip
         return out.view(*x.shape[:-1], n_rows)
     split_blocks = ceil_div(n_blocks, tiles.splits)
@@ -404,7 +398,7 @@ def w4a16_linear(
         HAS_ZEROS=has_zeros, PER_SLICE=per_slice,
         TILE_N=tiles.tile_n, TILE_M=tiles.tile_m, STAGES=tiles.n_stages,
         ASM=nvidia and x.dtype != torch.float32, TMA=_use_tma(tiles, rows),
-        PRECISION=_precision(x.dtype), PDL=pdl, num_warps=tiles.n_warps, **launch,
+        PRECISION=precision_of(x.dtype), num_warps=tiles.n_warps, **launch,
     )  # fmt: skip
     if n_splits > 1:
         _merge(part, None, None, out)
@@ -415,12 +409,11 @@ def _merge(part: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, out: Te
     n_splits, n_tokens, n_rows = part.shape
     scaled = x_scale is not None
     tile = 256 if n_tokens * n_rows < 1 << 17 else 1024     # few results: more programs
-    pdl = _has_dependent_launch(out)
     _merge_kernel[(ceil_div(n_tokens * n_rows, tile),)](
         part, x_scale if scaled else part, w_scale if scaled else part, out,
         n_tokens, n_rows, w_scale.stride(0) if scaled else 0,
-        N_SPLITS=n_splits, SCALED=scaled, TILE=tile, PDL=pdl, num_warps=tile // 128,
-        **({"launch_pdl": True} if pdl else {}),
+        N_SPLITS=n_splits, SCALED=scaled, TILE=tile, num_warps=tile // 128,
+        **dependent_launch(out.device),
     )  # fmt: skip
 
 
@@ -574,13 +567,12 @@ def scaled_linear(
     gpu = gpu_facts()
     if tiles.persistent and gpu:
         n_programs = min(n_programs, gpu.n_sms)
-    pdl = _has_dependent_launch(w)
     _scaled_kernel[(n_programs, n_splits)](
         x, w, x_scale, w_scale, part,
         n_tokens, n_cols, n_rows, x.stride(0), w.stride(0), w_scale.stride(0), split_cols,
         TILE_N=tiles.tile_n, TILE_M=tiles.tile_m, TILE_K=tiles.tile_k, SPLIT=n_splits > 1,
-        TMA=_use_tma(tiles, x, w), PDL=pdl, num_warps=tiles.n_warps, num_stages=tiles.n_stages,
-        **({"launch_pdl": True} if pdl else {}),
+        TMA=_use_tma(tiles, x, w), num_warps=tiles.n_warps, num_stages=tiles.n_stages,
+        **dependent_launch(w.device),
     )  # fmt: skip
     if n_splits > 1:
         _merge(part, x_scale, w_scale, out)
@@ -662,10 +654,9 @@ def quantize_rows(x: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, T
     scales = torch.empty(len(rows), dtype=torch.float32, device=x.device)
     if len(rows):
         tile = min(4096, triton.next_power_of_2(rows.shape[1]))
-        pdl = _has_dependent_launch(x)
         _quantize_rows_kernel[(len(rows),)](
-            rows, codes, scales, rows.shape[1], rows.stride(0), TILE=tile, PDL=pdl,
-            num_warps=max(1, min(8, tile // 512)), **({"launch_pdl": True} if pdl else {}),
+            rows, codes, scales, rows.shape[1], rows.stride(0), TILE=tile,
+            num_warps=max(1, min(8, tile // 512)), **dependent_launch(x.device),
         )  # fmt: skip
     return codes.view(x.shape), scales.view(*x.shape[:-1], 1)
 
@@ -898,25 +889,8 @@ def _use_tma(tiles: Tiles, *walked: Tensor) -> bool:
         for x in walked
     )
     if tiles.tma and aligned:
-        triton.set_allocator(_scratch)      # at each launch: every thread has a setting of its own
+        allow_descriptors()
     return tiles.tma and aligned
-
-
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Where a kernel keeps the TMA descriptors that it makes."""
-    return torch.empty(size, dtype=torch.int8, device=pick_device())
-
-
-def _has_dependent_launch(x: Tensor) -> bool:
-    """Programmatic dependent launch hides the start of a kernel behind the end of the last one."""
-    return x.is_cuda and torch.version.hip is None and gpu_facts().capability >= (9, 0)
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """Of float32 products: three tf32 products are nearly as exact and run on tensor cores."""
-    gpu = gpu_facts()
-    has_tf32 = torch.version.hip is None and gpu is not None and gpu.capability >= (8, 0)
-    return "tf32x3" if dtype == torch.float32 and has_tf32 else "ieee"
 
 
 # --- what is refused

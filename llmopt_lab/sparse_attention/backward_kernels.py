@@ -4,15 +4,9 @@ A third makes the gradients of sinks from beyond the window in parts, which the 
 adds. `kernels.py` launches them.
 """
 
-from llmopt_lab.core.attention_kernels import (
-    LOG2_E,
-    jit,
-    load_rows,
-    owned,
-    rows_of,
-    store_rows,
-)
+from llmopt_lab.core.attention_kernels import LOG2_E, load_rows, owned, rows_of, store_rows
 from llmopt_lab.core.device import prepare_triton
+from llmopt_lab.core.launch import jit
 from llmopt_lab.sparse_attention.rule_kernels import (
     from_both_ends,
     keys_of,

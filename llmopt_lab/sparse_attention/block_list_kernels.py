@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmopt_lab.core.attention_kernels import jit
 from llmopt_lab.core.device import gpu_facts, prepare_triton
 from llmopt_lab.core.errors import require
+from llmopt_lab.core.launch import jit
 from llmopt_lab.core.memory import ceil_div
 from llmopt_lab.sparse_attention.records import BlockLists
 

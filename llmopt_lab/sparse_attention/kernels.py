@@ -20,7 +20,6 @@ from llmopt_lab.core.attention_kernels import (
     check_qkv,
     empty_like,
     is_walkable,
-    jit,
     load_rows,
     options_of,
     owned,
@@ -31,6 +30,7 @@ from llmopt_lab.core.attention_kernels import (
 )
 from llmopt_lab.core.device import gpu_facts, prepare_triton
 from llmopt_lab.core.errors import require
+from llmopt_lab.core.launch import jit
 from llmopt_lab.core.memory import ceil_div
 from llmopt_lab.sparse_attention import hopper
 from llmopt_lab.sparse_attention.backward_kernels import (

@@ -1,7 +1,7 @@
 """What every kernel does with a pattern: which tiles a program walks, and the rule inside one."""
 
-from llmopt_lab.core.attention_kernels import jit
 from llmopt_lab.core.device import prepare_triton
+from llmopt_lab.core.launch import jit
 from llmopt_lab.sparse_attention.block_list_kernels import FIELDS, floor_div
 
 prepare_triton()

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from llmopt_lab.core import attention_kernels
-from llmopt_lab.core.attention_kernels import Tiles, jit, padded, precision_of, tiles_from
+from llmopt_lab.core.attention_kernels import Tiles, padded, tiles_from
 from llmopt_lab.core.device import prepare_triton
+from llmopt_lab.core.launch import jit, precision_of
 
 prepare_triton()
 

@@ -5,7 +5,6 @@ reads every cached key and value once, for however many new tokens; the sampler 
 once, and those of one place once more.
 """
 
-import inspect
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from llmopt_lab.core.device import gpu_facts, prepare_triton
 from llmopt_lab.core.errors import require
+from llmopt_lab.core.launch import dependent_launch, jit
 from llmopt_lab.core.memory import ceil_div
 
 prepare_triton()
@@ -26,11 +26,6 @@ MIN_DOT_ROWS = 16               # tl.dot wants at least 16 rows: smaller tiles a
 MAX_NEW = 64                    # new tokens of a sequence: a tree's mask is one 64-bit word a token
 MAX_SPLITS = 128
 MAX_SPAN = 4096                 # tokens
-
-
-def jit(fn):
-    """triton.jit of the function itself, which a test's type checker may have wrapped."""
-    return triton.jit(inspect.unwrap(fn))
 
 
 # Attention of the new tokens
@@ -210,8 +205,7 @@ def verify_attention(
     else:
         part = q.new_empty(batch, n_new, n_heads, n_splits, d_head, dtype=torch.float32)
         lse = q.new_empty(batch, n_new, n_heads, n_splits, dtype=torch.float32)
-    pdl = _has_dependent_launch(q.device)
-    launch_pdl = {"launch_pdl": True} if pdl else {}
+    launch = dependent_launch(q.device)
     row_tiles = ceil_div(n_new * group, plan.rows)
     _verify_kernel[(n_kv_heads * row_tiles, n_splits, batch)](
         q, k_cache, v_cache, block_tables, lengths, lengths if tree is None else tree, part, lse,
@@ -220,14 +214,14 @@ def verify_attention(
         SPLIT=n_splits > 1, BLOCK_SIZE=block_size, GROUP=group, ROWS=plan.rows,
         ROW_TILES=row_tiles, D=d_head, TILE=plan.tile,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", STAGES=plan.n_stages,
-        TREE=tree is not None, PDL=pdl, num_warps=plan.n_warps, **launch_pdl,
+        TREE=tree is not None, num_warps=plan.n_warps, **launch,
     )  # fmt: skip
     if n_splits > 1:
         splits = triton.next_power_of_2(n_splits)
         _merge_kernel[(n_new * n_heads, batch)](
             part, lse, lengths, out, plan.span, n_splits,
-            SPLITS=splits, D=d_head, PDL=pdl,
-            num_warps=merge_warps(splits, d_head), **launch_pdl,
+            SPLITS=splits, D=d_head,
+            num_warps=merge_warps(splits, d_head), **launch,
         )  # fmt: skip
     return out
 
@@ -300,11 +294,6 @@ def choose_span(n_programs: int, capacity: int, tile: int, per_sm: int) -> int:
 def merge_warps(splits: int, d_head: int) -> int:
     """Enough warps to hold (splits, d_head) floats in registers, 64 a thread."""
     return max(1, min(8, splits * d_head // 2048))
-
-
-def _has_dependent_launch(device: torch.device) -> bool:
-    """Programmatic dependent launch hides the start of a kernel behind the end of the last one."""
-    return device.type == "cuda" and torch.version.hip is None and gpu_facts().capability >= (9, 0)
 
 
 # The rejection sampler
@@ -529,17 +518,16 @@ def rejection_sample(
     parts = torch.empty(2, 2, batch, k + 1, n_chunks, dtype=torch.float32, device=device)
     mass = torch.empty(batch, n_chunks, dtype=torch.float32, device=device)
     lse = torch.empty(2, batch, dtype=torch.float32, device=device)
-    pdl = _has_dependent_launch(device)
-    launch_pdl = {"launch_pdl": True} if pdl else {}
+    launch = dependent_launch(device)
     strides = (*p_logits.stride()[:2], *q_logits.stride()[:2])
     scale_log2 = LOG2_E / temperature
     _softmax_parts_kernel[(n_chunks * batch * (k + 1),)](
         p_logits, q_logits, parts[0], parts[1], *strides, n_vocab, n_chunks, scale_log2,
-        K=k, CHUNK=chunk, PDL=pdl, num_warps=n_warps, **launch_pdl,
+        K=k, CHUNK=chunk, num_warps=n_warps, **launch,
     )  # fmt: skip
     sizes = {
         "K": k, "ROWS": triton.next_power_of_2(k + 1), "CHUNKS": triton.next_power_of_2(n_chunks),
-        "CHUNK": chunk, "PDL": pdl, "num_warps": n_warps, **launch_pdl,
+        "CHUNK": chunk, "num_warps": n_warps, **launch,
     }  # fmt: skip
     numbers = (*strides, guesses.stride(0), n_vocab, n_chunks, rng_seed, scale_log2)
     _judge_kernel[(batch, n_chunks)](

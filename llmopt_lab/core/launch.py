@@ -1,0 +1,49 @@
+"""What the launchers of Triton kernels share: how a kernel is made and started on this GPU."""
+
+import inspect
+
+import torch
+from torch import Tensor
+
+from llmopt_lab.core.device import gpu_facts, pick_device, prepare_triton
+
+prepare_triton()
+
+import triton
+
+
+def jit(fn, **options):
+    """triton.jit of the function itself, which a test's type checker may have wrapped."""
+    return triton.jit(inspect.unwrap(fn), **options)
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """Of float32 products: three tf32 products are nearly as exact and run on tensor cores."""
+    gpu = gpu_facts()
+    has_tf32 = torch.version.hip is None and gpu is not None and gpu.capability >= (8, 0)
+    return "tf32x3" if dtype == torch.float32 and has_tf32 else "ieee"
+
+
+def dependent_launch(device: torch.device) -> dict:
+    """Options of a kernel whose start hides behind the end of the one before it (sm_90 on)."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    pdl = nvidia and gpu_facts().capability >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+
+
+def allow_descriptors() -> None:
+    """Before a launch of a kernel that makes TMA descriptors: every thread has its own setting."""
+    triton.set_allocator(_scratch)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device=pick_device())
+
+
+def shared_bytes(capability: tuple[int, int] | None) -> int:
+    """Most shared memory of one program on a GPU of that capability (None: AMD)."""
+    if capability is None or capability < (8, 0):
+        return 64 << 10
+    if capability[0] in (9, 10):
+        return 227 << 10
+    return 163 << 10 if capability in ((8, 0), (8, 7)) else 99 << 10
