@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmopt_lab.core.device import interpreting, prepare_triton
+from llmopt_lab.core.device import prepare_triton
 from llmopt_lab.core.errors import require
-from llmopt_lab.core.launch import allow_descriptors, jit, shared_bytes
+from llmopt_lab.core.launch import allow_descriptors, check_dtype, jit, shared_bytes
 
 prepare_triton()
 
@@ -232,10 +232,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
         0 < d_head <= MAX_D and d_head % 8 == 0,
         f"d_head must be a multiple of 8 up to {MAX_D}; got {d_head}",
     )
-    require(
-        q.dtype in (torch.float32, torch.float16, torch.bfloat16),
-        f"the dtype must be float32, float16 or bfloat16; got {q.dtype}",
-    )
+    check_dtype(q.dtype, q)
     for name, x in (("q", q), ("k", k), ("v", v)):
         require(
             x.dtype == q.dtype and x.device == q.device,
@@ -246,15 +243,6 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
             f"the last dimension of {name} must be contiguous, and its rows less than "
             f"{MAX_ROW_STRIDE} elements apart; got strides {x.stride()}: call .contiguous()",
         )
-    require(
-        q.is_cuda or interpreting(),
-        f"q is on the {q.device} but Triton compiles for the GPU in this session: move it there",
-    )
-    require(
-        q.is_cuda or q.dtype != torch.bfloat16,
-        "bfloat16 needs a GPU: Triton's CPU interpreter computes on its bit pattern "
-        "and returns wrong numbers. Use float32.",
-    )
     require(
         scale is None or (math.isfinite(scale) and scale > 0),
         f"scale must be a positive finite number; got {scale}",

@@ -1,11 +1,12 @@
-"""What the launchers of Triton kernels share: how a kernel is made and started on this GPU."""
+"""What the launchers of Triton kernels share: how a kernel is made and started, what is refused."""
 
 import inspect
 
 import torch
 from torch import Tensor
 
-from llmopt_lab.core.device import gpu_facts, pick_device, prepare_triton
+from llmopt_lab.core.device import gpu_facts, interpreting, pick_device, prepare_triton
+from llmopt_lab.core.errors import require
 
 prepare_triton()
 
@@ -47,3 +48,30 @@ def shared_bytes(capability: tuple[int, int] | None) -> int:
     if capability[0] in (9, 10):
         return 227 << 10
     return 163 << 10 if capability in ((8, 0), (8, 7)) else 99 << 10
+
+
+def check_dtype(dtype: torch.dtype, like: Tensor) -> None:
+    """Refuse a dtype, or a place of its tensor `like`, that no kernel computes on."""
+    require(
+        dtype in (torch.float32, torch.float16, torch.bfloat16),
+        f"the dtype must be float32, float16 or bfloat16; got {dtype}",
+    )
+    require(
+        like.is_cuda or interpreting(),
+        f"a tensor is on the {like.device} but Triton compiles for the GPU in this session: "
+        "move it there",
+    )
+    require(
+        like.is_cuda or dtype != torch.bfloat16,
+        "bfloat16 needs a GPU: Triton's CPU interpreter computes on its bit pattern "
+        "and returns wrong numbers. Use float32.",
+    )
+
+
+def check_last_dimension(**tensors: Tensor) -> None:
+    """Refuse tensors whose rows are not contiguous."""
+    for name, tensor in tensors.items():
+        require(
+            tensor.numel() == 0 or tensor.stride(-1) == 1,
+            f"the last dimension of {name} must be contiguous: call .contiguous()",
+        )

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from llmopt_lab.core.device import interpreting, prepare_triton
 from llmopt_lab.core.errors import require
-from llmopt_lab.core.launch import jit
+from llmopt_lab.core.launch import check_dtype, jit
 from llmopt_lab.core.memory import tiles
 
 prepare_triton()
@@ -290,10 +290,7 @@ def _check(hidden, weight, teacher, teacher_weight, temperature, mask, chunk) ->
             f"one vocabulary for both models; got {tuple(teacher.shape)} and "
             f"{tuple(teacher_weight.shape)}",
         )
-    require(
-        hidden.dtype in (torch.float32, torch.float16, torch.bfloat16),
-        f"the dtype must be float32, float16 or bfloat16; got {hidden.dtype}",
-    )
+    check_dtype(hidden.dtype, hidden)
     given = {"weight": weight, "teacher": teacher, "teacher_weight": teacher_weight}
     for name, x in given.items():
         if x is None:
@@ -321,13 +318,5 @@ def _check(hidden, weight, teacher, teacher_weight, temperature, mask, chunk) ->
         f"temperature must be a positive finite number; got {temperature}",
     )
     require(chunk is None or chunk > 0, f"chunk must be positive, or None; got {chunk}")
-    require(
-        hidden.is_cuda or interpreting(),
-        f"hidden is on the {hidden.device} but Triton compiles for the GPU in this session: "
-        "move it there",
-    )
-    require(
-        hidden.is_cuda or torch.bfloat16 not in (hidden.dtype, teacher.dtype),
-        "bfloat16 needs a GPU: Triton's CPU interpreter computes on its bit pattern "
-        "and returns wrong numbers. Use float32.",
-    )
+    if teacher.dtype == torch.bfloat16:
+        check_dtype(teacher.dtype, teacher)

@@ -14,9 +14,9 @@ A visit is one (token, choice) pair, numbered token * k + choice; `visits` lists
 import torch
 from torch import Tensor
 
-from llmopt_lab.core.device import interpreting, prepare_triton
+from llmopt_lab.core.device import prepare_triton
 from llmopt_lab.core.errors import require
-from llmopt_lab.core.launch import dependent_launch, jit
+from llmopt_lab.core.launch import check_dtype, dependent_launch, jit
 from llmopt_lab.core.memory import ceil_div
 from llmopt_lab.moe import few_token_kernels
 from llmopt_lab.moe.route_kernels import Routed, empty_routed, route
@@ -519,10 +519,7 @@ def _check(x: Tensor, router: Tensor, w_gate_up: Tensor, w_down: Tensor, k: int)
         x.shape[0] * k < 1 << 31,
         f"n_tokens * k must be less than 2^31; got {x.shape[0]} * {k}: split the tokens",
     )
-    require(
-        x.dtype in (torch.float32, torch.float16, torch.bfloat16),
-        f"the dtype must be float32, float16 or bfloat16; got {x.dtype}",
-    )
+    check_dtype(x.dtype, x)
     for name, tensor in (("router", router), ("w_gate_up", w_gate_up), ("w_down", w_down)):
         require(
             tensor.dtype == x.dtype and tensor.device == x.device,
@@ -534,12 +531,3 @@ def _check(x: Tensor, router: Tensor, w_gate_up: Tensor, w_down: Tensor, k: int)
             f"{name} must be contiguous; got strides {tensor.stride()}: call .contiguous() once, "
             "when the weights are loaded",
         )
-    require(
-        x.is_cuda or interpreting(),
-        f"x is on the {x.device} but Triton compiles for the GPU in this session: move it there",
-    )
-    require(
-        x.is_cuda or x.dtype != torch.bfloat16,
-        "bfloat16 needs a GPU: Triton's CPU interpreter computes on its bit pattern "
-        "and returns wrong numbers. Use float32.",
-    )

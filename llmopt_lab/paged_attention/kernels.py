@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmopt_lab.core.device import gpu_facts, prepare_triton
 from llmopt_lab.core.errors import require
-from llmopt_lab.core.launch import dependent_launch
+from llmopt_lab.core.launch import check_dtype, check_last_dimension, dependent_launch
 from llmopt_lab.core.memory import ceil_div
 
 prepare_triton()
@@ -308,7 +308,7 @@ def write_kv(
         f"got {tuple(slots.shape)} {slots.dtype} on {slots.device}",
     )
     require(slots.is_contiguous(), "slots must be contiguous: call .contiguous()")
-    _check_last_dimension(keys=keys, values=values)
+    check_last_dimension(keys=keys, values=values)
     n_slots = k_cache.shape[0] * k_cache.shape[1]
     if n_tokens == 0:
         return
@@ -353,7 +353,7 @@ def _check(q, k_cache, v_cache, block_tables, lengths, scale) -> tuple[int, int,
         lengths.is_contiguous() and (block_tables.numel() == 0 or block_tables.stride(1) == 1),
         "lengths and the rows of block_tables must be contiguous: call .contiguous()",
     )
-    _check_last_dimension(q=q)
+    check_last_dimension(q=q)
     require(
         scale is None or scale == scale and abs(scale) != float("inf"),
         f"scale must be a finite number; got {scale}",
@@ -380,24 +380,8 @@ def _check_caches(new: Tensor, k_cache: Tensor, v_cache: Tensor, n_kv_heads: int
             f"{name} must be {new.dtype} on {new.device} like the new tensors; "
             f"got {cache.dtype} on {cache.device}",
         )
-    require(
-        new.dtype in (torch.float32, torch.float16, torch.bfloat16),
-        f"the dtype must be float32, float16 or bfloat16; got {new.dtype}",
-    )
-    require(
-        new.is_cuda or new.dtype != torch.bfloat16,
-        "bfloat16 needs a GPU: Triton's CPU interpreter computes on its bit pattern "
-        "and returns wrong numbers. Use float32.",
-    )
-    _check_last_dimension(k_cache=k_cache, v_cache=v_cache)
-
-
-def _check_last_dimension(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        require(
-            tensor.numel() == 0 or tensor.stride(-1) == 1,
-            f"the last dimension of {name} must be contiguous: call .contiguous()",
-        )
+    check_dtype(new.dtype, new)
+    check_last_dimension(k_cache=k_cache, v_cache=v_cache)
 
 
 def _check_values(block_tables: Tensor, lengths: Tensor, n_blocks: int, block_size: int) -> None:

@@ -20,7 +20,13 @@ from torch import Tensor
 
 from llmopt_lab.core.device import gpu_facts, interpreting, prepare_triton
 from llmopt_lab.core.errors import require
-from llmopt_lab.core.launch import allow_descriptors, dependent_launch, jit, precision_of
+from llmopt_lab.core.launch import (
+    allow_descriptors,
+    check_dtype,
+    dependent_launch,
+    jit,
+    precision_of,
+)
 from llmopt_lab.core.memory import ceil_div
 from llmopt_lab.quantization.records import Quantized
 
@@ -551,7 +557,7 @@ def scaled_linear(
         and x_scale.device == w.device,
         f"x_scale must be ({n_tokens}, 1) float32; got {tuple(x_scale.shape)} {x_scale.dtype}",
     )
-    _check_dtype(dtype, w)
+    check_dtype(dtype, w)
     out = torch.empty(n_tokens, n_rows, dtype=dtype, device=w.device)
     if n_tokens == 0:
         return out
@@ -668,7 +674,7 @@ def dequantize_rows(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.fl
         BadInput: not int8 or float8_e4m3fn codes with such scales, or a device that cannot.
     """
     _check_codes(codes, scales, codes.dtype, multiply=False)
-    _check_dtype(dtype, codes)
+    check_dtype(dtype, codes)
     n_rows, n_cols = codes.shape
     out = torch.empty(n_rows, n_cols, dtype=dtype, device=codes.device)
     scales = scales.reshape(-1).expand(n_rows)
@@ -796,7 +802,7 @@ def dequantize_int4(
         BadInput: the tensors are not as `pack_for_kernel` gives them for that many columns.
     """
     n_rows = _check_packed(packed, scales, zeros, n_cols)
-    _check_dtype(dtype, packed)
+    check_dtype(dtype, packed)
     out = torch.empty(n_rows, n_cols, dtype=dtype, device=packed.device)
     _dequantize_int4_kernel[(ceil_div(n_rows, 16), len(packed))](
         packed, scales, scales if zeros is None else zeros, out, n_cols, n_rows,
@@ -906,28 +912,11 @@ def _is_walkable(x: Tensor) -> bool:
     return x.stride(1) == 1 and 0 < x.stride(0) < MAX_ROW_STRIDE
 
 
-def _check_dtype(dtype: torch.dtype, like: Tensor) -> None:
-    require(
-        dtype in (torch.float32, torch.float16, torch.bfloat16),
-        f"the dtype must be float32, float16 or bfloat16; got {dtype}",
-    )
-    require(
-        like.is_cuda or interpreting(),
-        f"a tensor is on the {like.device} but Triton compiles for the GPU in this session: "
-        "move it there",
-    )
-    require(
-        like.is_cuda or dtype != torch.bfloat16,
-        "bfloat16 needs a GPU: Triton's CPU interpreter computes on its bit pattern "
-        "and returns wrong numbers. Use float32.",
-    )
-
-
 def _check_activations(x: Tensor) -> None:
     require(
         x.ndim >= 1 and x.shape[-1] > 0, f"x must be (.., n_cols) with columns; got {x.shape}"
     )
-    _check_dtype(x.dtype, x)
+    check_dtype(x.dtype, x)
     require(
         not (torch.is_grad_enabled() and x.requires_grad),
         "this product has no gradient: call it under torch.no_grad()",

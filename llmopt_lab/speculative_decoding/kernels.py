@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmopt_lab.core.device import gpu_facts, prepare_triton
 from llmopt_lab.core.errors import require
-from llmopt_lab.core.launch import dependent_launch, jit
+from llmopt_lab.core.launch import check_dtype, check_last_dimension, dependent_launch, jit
 from llmopt_lab.core.memory import ceil_div
 
 prepare_triton()
@@ -570,7 +570,7 @@ def _check_attention(
     )
     require(1 <= block_size <= 256, f"block_size must be 1 to 256; got {block_size}")
     _check_floats(q, k_cache=k_cache, v_cache=v_cache)
-    _check_last_dimension(q=q, k_cache=k_cache, v_cache=v_cache)
+    check_last_dimension(q=q, k_cache=k_cache, v_cache=v_cache)
     integers = {"block_tables": block_tables, "lengths": lengths}
     integers |= {} if tree is None else {"tree": tree}
     for name, tensor in integers.items():
@@ -644,7 +644,7 @@ def _check_sampler(p_logits, q_logits, guesses, rng_seed, temperature) -> tuple[
         f"got {tuple(guesses.shape)} {guesses.dtype} on {guesses.device}",
     )
     _check_floats(p_logits, q_logits=q_logits)
-    _check_last_dimension(p_logits=p_logits, q_logits=q_logits)
+    check_last_dimension(p_logits=p_logits, q_logits=q_logits)
     require(0 <= rng_seed < 1 << 63, f"rng_seed must be 0 to 2^63 - 1; got {rng_seed}")
     require(
         0 < temperature < float("inf"),
@@ -671,20 +671,4 @@ def _check_floats(first: Tensor, **others: Tensor) -> None:
             f"{name} must be {first.dtype} on {first.device}; got {tensor.dtype} on "
             f"{tensor.device}",
         )
-    require(
-        first.dtype in (torch.float32, torch.float16, torch.bfloat16),
-        f"the dtype must be float32, float16 or bfloat16; got {first.dtype}",
-    )
-    require(
-        first.is_cuda or first.dtype != torch.bfloat16,
-        "bfloat16 needs a GPU: Triton's CPU interpreter computes on its bit pattern "
-        "and returns wrong numbers. Use float32.",
-    )
-
-
-def _check_last_dimension(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        require(
-            tensor.numel() == 0 or tensor.stride(-1) == 1,
-            f"the last dimension of {name} must be contiguous: call .contiguous()",
-        )
+    check_dtype(first.dtype, first)
