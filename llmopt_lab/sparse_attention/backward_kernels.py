@@ -24,10 +24,10 @@ import triton.language as tl
 @jit
 def _absorb_queries(
     d_k, d_v, k, v, key, first_k,   # (TILE_K, D) each, (TILE_K,), int: this program's keys
-    q_rows, d_out_rows, lse_at, delta_at,                               # of all heads
+    q_rows, d_out_rows, lse2_at, delta_at,                              # of all heads
     first_head, group, q_head, q_row, d_out_head, d_out_row,
     n_tiles, begin, full_begin, full_end, end, blocks_at, n_before,     # as `tile_at`
-    terms_ptr, n_terms, low, high, n_sinks, n_q, n_k, scale_log2,
+    terms_ptr, n_terms, low, high, n_sinks, n_q, n_padded, n_k, scale_log2,
     MASKED: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, LISTED: tl.constexpr,
     SINKS: tl.constexpr, TERMS: tl.constexpr, STEPS: tl.constexpr, GRAINS: tl.constexpr,
@@ -38,25 +38,26 @@ def _absorb_queries(
 
     Scores lie keys by queries here, so that both sums can read them from registers. One loop runs
     over the tiles of all heads, not one a head: its pipeline does not run dry between two heads.
+    Past the last query p is 0, whatever the keys: there lse2 is inf.
     """
-    per_head = tl.maximum(n_tiles, 1)       # the pipeline divides before it knows of no tiles
-    for step in tl.range(0, group * n_tiles, num_stages=STAGES):
-        head = first_head + step // per_head
+    head, place = first_head - 1, n_tiles - 1       # one step before the first
+    for _ in tl.range(0, group * n_tiles, num_stages=STAGES):
+        place = tl.where(place == n_tiles - 1, 0, place + 1)
+        head = tl.where(place == 0, head + 1, head)
         first = tile_at(
-            step % per_head, begin, full_begin, full_end, end, blocks_at, n_before,
+            place, begin, full_begin, full_end, end, blocks_at, n_before,
             MASKED, TILE_Q, BLOCK_Q, LISTED,
         )
-        row = first + tl.arange(0, TILE_Q)                              # (TILE_Q,)
-        at = tl.cast(head, tl.int64) * n_q + row                        # (TILE_Q,)
+        at = tl.multiple_of(tl.cast(head, tl.int64) * n_padded + first, 16)
+        at += tl.arange(0, TILE_Q)                                      # (TILE_Q,)
         q = load_rows(
             q_rows, head, first, n_q, q_head, q_row, TILE_Q, D_HEAD, D, TMA, CHECKED=True
         )
-        # past the end p must be 0, whatever the keys: exp2(score - inf)
-        lse = tl.load(lse_at + at, row < n_q, other=float("inf"))       # (TILE_Q,)
+        lse2 = tl.load(lse2_at + at)                                    # (TILE_Q,)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)      # (TILE_K, TILE_Q)
-        p = tl.exp2(scores * scale_log2 - (lse * LOG2_E)[None, :])
+        p = tl.exp2(scores * scale_log2 - lse2[None, :])
         if MASKED:
-            token = row + n_k - n_q                                     # (TILE_Q,)
+            token = first + n_k - n_q + tl.arange(0, TILE_Q)            # (TILE_Q,)
             seen = pairs_seen(
                 token, key, first + n_k - n_q, first_k, terms_ptr, n_terms, low, high, n_sinks,
                 SINKS, TERMS, STEPS, GRAINS, True,
@@ -67,7 +68,7 @@ def _absorb_queries(
             TILE_Q, D_HEAD, D, TMA, CHECKED=True,
         )
         d_v = tl.dot(p.to(d_out.dtype), d_out, d_v, input_precision=PRECISION)
-        delta = tl.load(delta_at + at, row < n_q, other=0.0)            # (TILE_Q,)
+        delta = tl.load(delta_at + at)                                  # (TILE_Q,)
         # dS = P * (dP - delta): the product starts at -delta, which costs no registers later
         d_p = tl.zeros((TILE_K, TILE_Q), tl.float32) - delta[None, :]
         d_p = tl.dot(v, tl.trans(d_out), d_p, input_precision=PRECISION)    # (TILE_K, TILE_Q)
@@ -78,11 +79,12 @@ def _absorb_queries(
 
 @sized_jit
 def sink_parts_kernel(
-    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, d_out_ptr,
+    lse2_ptr, delta_ptr,            # as `backward_queries_kernel` makes them
     d_k_ptr, d_v_ptr,               # (batch * n_heads * n_parts, n_sinks, D_HEAD) float32
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     d_out_batch, d_out_head, d_out_row,
-    n_heads, group, n_q, n_k, part, low, n_sinks, scale,
+    n_heads, group, n_q, n_padded, n_k, part, low, n_sinks, scale,
     D_HEAD: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):
@@ -114,10 +116,10 @@ def sink_parts_kernel(
     d_v = tl.zeros((TILE_K, D), tl.float32)
     d_k, d_v = _absorb_queries(
         d_k, d_v, k, v, first_k + tl.arange(0, TILE_K), first_k, q_rows, d_out_rows,
-        lse_ptr + batch * n_heads * n_q, delta_ptr + batch * n_heads * n_q,
+        lse2_ptr + batch * n_heads * n_padded, delta_ptr + batch * n_heads * n_padded,
         head, 1, q_head, q_row, d_out_head, d_out_row,
         end - begin, begin, end, end, end, None, 0,                     # no list
-        None, 0, low, n_k, 0, n_q, n_k, scale * LOG2_E,                 # no terms
+        None, 0, low, n_k, 0, n_q, n_padded, n_k, scale * LOG2_E,       # no terms
         True, TILE_Q, TILE_K, TILE_Q, False, False, 0, False, False, D_HEAD, D, PRECISION,
         STAGES, TMA,
     )
@@ -143,13 +145,14 @@ def _add_parts(
 
 @sized_jit
 def backward_keys_kernel(
-    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, d_out_ptr,
+    lse2_ptr, delta_ptr,            # as `backward_queries_kernel` makes them
     d_k_ptr, d_v_ptr,               # like k and v
     sinks_d_k_ptr, sinks_d_v_ptr,   # parts, of `sink_parts_kernel`
     blocks_ptr, n_full_ptr, n_live_ptr, terms_ptr,      # lists of query blocks, terms
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     d_out_batch, d_out_head, d_out_row, d_k_batch, d_k_head, d_k_row, d_v_batch, d_v_head, d_v_row,
-    n_kv_heads, group, n_q, n_k, n_parts, list_head, n_terms, low, high, n_sinks, scale,
+    n_kv_heads, group, n_q, n_padded, n_k, n_parts, list_head, n_terms, low, high, n_sinks, scale,
     D_HEAD: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     LISTED: tl.constexpr, SINKS: tl.constexpr, TERMS: tl.constexpr, STEPS: tl.constexpr,
     GRAINS: tl.constexpr,
@@ -176,7 +179,8 @@ def backward_keys_kernel(
     q_at, d_out_at = q_ptr + batch * q_batch, d_out_ptr + batch * d_out_batch
     q_rows = rows_of(q_at, n_heads, n_q, q_head, q_row, TILE_Q, D_HEAD, D, TMA)
     d_out_rows = rows_of(d_out_at, n_heads, n_q, d_out_head, d_out_row, TILE_Q, D_HEAD, D, TMA)
-    lse_at, delta_at = lse_ptr + batch * n_heads * n_q, delta_ptr + batch * n_heads * n_q
+    rows_at = batch * n_heads * n_padded
+    lse2_at, delta_at = lse2_ptr + rows_at, delta_ptr + rows_at
     list_at = (batch * n_kv_heads + kv_head) * list_head + first_k // BLOCK_K
     blocks_at = blocks_ptr + list_at * tl.cdiv(n_q, BLOCK_Q)
     n_full, n_partial, begin, full_begin, full_end, end = queries_of(
@@ -192,18 +196,18 @@ def backward_keys_kernel(
         d_k = _add_parts(d_k, sinks_d_k_ptr, part, n_parts, first_k, n_sinks, TILE_K, D_HEAD, D)
         d_v = _add_parts(d_v, sinks_d_v_ptr, part, n_parts, first_k, n_sinks, TILE_K, D_HEAD, D)
     d_k, d_v = _absorb_queries(
-        d_k, d_v, k, v, key, first_k, q_rows, d_out_rows, lse_at, delta_at,
+        d_k, d_v, k, v, key, first_k, q_rows, d_out_rows, lse2_at, delta_at,
         kv_head * group, group, q_head, q_row, d_out_head, d_out_row,
         n_full, begin, full_begin, full_end, end, blocks_at, 0,
-        terms_ptr, n_terms, low, high, n_sinks, n_q, n_k, scale_log2,
+        terms_ptr, n_terms, low, high, n_sinks, n_q, n_padded, n_k, scale_log2,
         False, TILE_Q, TILE_K, BLOCK_Q, LISTED, SINKS and LISTED, TERMS, STEPS, GRAINS,
         D_HEAD, D, PRECISION, STAGES, TMA,
     )
     d_k, d_v = _absorb_queries(
-        d_k, d_v, k, v, key, first_k, q_rows, d_out_rows, lse_at, delta_at,
+        d_k, d_v, k, v, key, first_k, q_rows, d_out_rows, lse2_at, delta_at,
         kv_head * group, group, q_head, q_row, d_out_head, d_out_row,
         n_partial, begin, full_begin, full_end, end, blocks_at, n_full,
-        terms_ptr, n_terms, low, high, n_sinks, n_q, n_k, scale_log2,
+        terms_ptr, n_terms, low, high, n_sinks, n_q, n_padded, n_k, scale_log2,
         True, TILE_Q, TILE_K, BLOCK_Q, LISTED, SINKS and LISTED, TERMS, STEPS, GRAINS,
         D_HEAD, D, PRECISION, STAGES, TMA,
     )
@@ -215,7 +219,7 @@ def backward_keys_kernel(
 @jit
 def _absorb_keys(
     d_q, q, d_out,                  # (TILE_Q, D) each: this program's queries
-    lse, delta, token, top,         # (TILE_Q,) each, and the first token
+    lse2, delta, token, top,        # (TILE_Q,) each, and the first token
     k_rows, v_rows, kv_head, k_head, k_row, v_head, v_row,
     n_tiles, begin, full_begin, full_end, end, blocks_at, n_before,     # as `tile_at`
     terms_ptr, n_terms, low, high, n_sinks, n_k, scale_log2,
@@ -237,7 +241,7 @@ def _absorb_keys(
             v_rows, kv_head, first, n_k, v_head, v_row, TILE_K, D_HEAD, D, TMA, CHECKED=MASKED
         )
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)      # (TILE_Q, TILE_K)
-        p = tl.exp2(scores * scale_log2 - (lse * LOG2_E)[:, None])
+        p = tl.exp2(scores * scale_log2 - lse2[:, None])
         if MASKED:
             key = first + tl.arange(0, TILE_K)                          # (TILE_K,)
             seen = pairs_seen(
@@ -254,13 +258,13 @@ def _absorb_keys(
 @sized_jit
 def backward_queries_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, d_out_ptr,
-    lse_ptr, d_lse_ptr, delta_ptr,  # (batch, n_heads, n_q) float32, contiguous; delta is a result
-    d_q_ptr,                        # like q
+    lse_ptr, d_lse_ptr,             # (batch, n_heads, n_q) float32, contiguous
+    d_q_ptr, lse2_ptr, delta_ptr,   # results: like q; (batch, n_heads, n_padded) float32, twice
     blocks_ptr, n_full_ptr, n_live_ptr, terms_ptr,      # lists of key blocks, terms
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     out_batch, out_head, out_row, d_out_batch, d_out_head, d_out_row,
     d_q_batch, d_q_head, d_q_row,
-    n_heads, group, n_q, n_k, list_head, n_terms, low, high, n_sinks, scale,
+    n_heads, group, n_q, n_padded, n_k, list_head, n_terms, low, high, n_sinks, scale,
     D_HEAD: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     LISTED: tl.constexpr, SINKS: tl.constexpr, TERMS: tl.constexpr, STEPS: tl.constexpr,
     GRAINS: tl.constexpr,
@@ -269,11 +273,13 @@ def backward_queries_kernel(
 ):
     """One program: the gradient of TILE_Q queries of one head, over the keys that they see.
 
-    And their delta = rowsum(d_out * out) - d_lse, with which dS is P * (dP - delta).
+    And for the other kernels, which need not look where the queries end, their log-sum-exp in base
+    2, inf for those past the last, and delta = rowsum(d_out * out) - d_lse: dS is P * (dP - delta).
     """
-    tile, head, batch = owned(tl.cdiv(n_q, TILE_Q), n_heads)
+    n_tiles = n_padded // TILE_Q
+    tile, head, batch = owned(n_tiles, n_heads)
     kv_head = head // group
-    first_q = from_both_ends(tile, tl.cdiv(n_q, TILE_Q), LISTED) * TILE_Q
+    first_q = from_both_ends(tile, n_tiles, LISTED) * TILE_Q
     scale_log2 = scale * LOG2_E
     k_at, v_at = k_ptr + batch * k_batch, v_ptr + batch * v_batch
     k_rows = rows_of(k_at, n_heads // group, n_k, k_head, k_row, TILE_K, D_HEAD, D, TMA)
@@ -288,14 +294,16 @@ def backward_queries_kernel(
     )
     row = first_q + tl.arange(0, TILE_Q)                                # (TILE_Q,)
     at = (batch * n_heads + head) * n_q + row                           # (TILE_Q,)
-    lse = tl.load(lse_ptr + at, row < n_q, other=float("inf"))
+    lse2 = tl.load(lse_ptr + at, row < n_q, other=float("inf")) * LOG2_E
     out = load_rows(
         out_ptr + batch * out_batch, head, first_q, n_q, out_head, out_row,
         TILE_Q, D_HEAD, D, False, CHECKED=True,
     )
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), axis=1)   # (TILE_Q,)
     delta -= tl.load(d_lse_ptr + at, row < n_q, other=0.0)
-    tl.store(delta_ptr + at, delta, row < n_q)
+    padded_at = (batch * n_heads + head) * n_padded + row               # (TILE_Q,)
+    tl.store(lse2_ptr + padded_at, lse2)
+    tl.store(delta_ptr + padded_at, delta)
     list_at = (batch * (n_heads // group) + kv_head) * list_head + first_q // BLOCK_Q
     blocks_at = blocks_ptr + list_at * tl.cdiv(n_k, BLOCK_K)
     n_full, n_partial, begin, full_begin, full_end, end = keys_of(
@@ -305,7 +313,7 @@ def backward_queries_kernel(
 
     d_q = tl.zeros((TILE_Q, D), tl.float32)
     d_q = _absorb_keys(
-        d_q, q, d_out, lse, delta, row + n_k - n_q, first_q + n_k - n_q,
+        d_q, q, d_out, lse2, delta, row + n_k - n_q, first_q + n_k - n_q,
         k_rows, v_rows, kv_head, k_head, k_row, v_head, v_row,
         n_full, begin, full_begin, full_end, end, blocks_at, 0,
         terms_ptr, n_terms, low, high, n_sinks, n_k, scale_log2,
@@ -313,7 +321,7 @@ def backward_queries_kernel(
         TMA,
     )
     d_q = _absorb_keys(
-        d_q, q, d_out, lse, delta, row + n_k - n_q, first_q + n_k - n_q,
+        d_q, q, d_out, lse2, delta, row + n_k - n_q, first_q + n_k - n_q,
         k_rows, v_rows, kv_head, k_head, k_row, v_head, v_row,
         n_partial, begin, full_begin, full_end, end, blocks_at, n_full,
         terms_ptr, n_terms, low, high, n_sinks, n_k, scale_log2,

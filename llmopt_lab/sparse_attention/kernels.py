@@ -301,35 +301,37 @@ def backward_of(q, k, v, out, lse, d_out, d_lse, walk: Walk, scale: float):
     n_kv_heads, n_k = k.shape[1:3]
     d_out = d_out if is_walkable(d_out) else d_out.contiguous()    # an expanded scalar, often
     d_q, d_k, d_v = empty_like(q), empty_like(k), empty_like(v)
-    delta = torch.empty_like(lse)
     sizes = sizes_of(q)
-    # first, for it makes delta
+    # first, for it makes what the others read of each query
     lists = walk.lists(of_keys=False) if walk.listed else None
     (tensors, scalars), constants = walk.arguments(lists)
     tiles = choose_tiles("backward_queries", d_head, q.dtype, walk)
-    backward_queries_kernel[(ceil_div(n_q, tiles.tile_q) * n_heads * batch,)](
-        q, k, v, out, d_out, lse, d_lse.contiguous(), delta, d_q, *tensors,
+    tiles_of_keys = choose_tiles("backward_keys", d_head, q.dtype, walk)
+    most = max(tiles.tile_q, tiles_of_keys.tile_q)
+    n_padded = ceil_div(n_q, most) * most
+    lse2, delta = q.new_empty((2, batch, n_heads, n_padded), dtype=torch.float32)
+    backward_queries_kernel[(n_padded // tiles.tile_q * n_heads * batch,)](
+        q, k, v, out, d_out, lse, d_lse.contiguous(), d_q, lse2, delta, *tensors,
         *strides_of(q, k, v, out, d_out, d_q),
-        n_heads, n_heads // n_kv_heads, n_q, n_k, *scalars, scale,
+        n_heads, n_heads // n_kv_heads, n_q, n_padded, n_k, *scalars, scale,
         **sizes, **constants, **options_of(tiles, k, v),
     )  # fmt: skip
     lists = walk.lists(of_keys=True) if walk.listed else None
     (tensors, scalars), constants = walk.arguments(lists)
     if constants["SINKS"] and not constants["LISTED"]:
-        *sinks, n_parts = _sink_parts(q, k, v, d_out, lse, delta, walk, scale)
+        *sinks, n_parts = _sink_parts(q, k, v, d_out, lse2, delta, walk, scale)
     else:
         *sinks, n_parts = delta, delta, 0
-    tiles = choose_tiles("backward_keys", d_head, q.dtype, walk)
-    backward_keys_kernel[(ceil_div(n_k, tiles.tile_k) * n_kv_heads * batch,)](
-        q, k, v, d_out, lse, delta, d_k, d_v, *sinks, *tensors,
+    backward_keys_kernel[(ceil_div(n_k, tiles_of_keys.tile_k) * n_kv_heads * batch,)](
+        q, k, v, d_out, lse2, delta, d_k, d_v, *sinks, *tensors,
         *strides_of(q, k, v, d_out, d_k, d_v),
-        n_kv_heads, n_heads // n_kv_heads, n_q, n_k, n_parts, *scalars, scale,
-        **sizes, **constants, **options_of(tiles, q, d_out),
+        n_kv_heads, n_heads // n_kv_heads, n_q, n_padded, n_k, n_parts, *scalars, scale,
+        **sizes, **constants, **options_of(tiles_of_keys, q, d_out),
     )  # fmt: skip
     return d_q, d_k, d_v
 
 
-def _sink_parts(q, k, v, d_out, lse, delta, walk: Walk, scale: float) -> tuple[Tensor, Tensor, int]:
+def _sink_parts(q, k, v, d_out, lse2, delta, walk: Walk, scale: float):
     """d_k (not yet times scale) and d_v of the sinks from beyond the window, and parts a head.
 
     How many parts depends on the shapes alone. The more sinks, the fewer parts: else a thousand
@@ -345,8 +347,9 @@ def _sink_parts(q, k, v, d_out, lse, delta, walk: Walk, scale: float) -> tuple[T
     d_k, d_v = q.new_empty(shape, dtype=torch.float32)
     n_tiles = ceil_div(n_sinks, tiles.tile_k)
     sink_parts_kernel[(n_tiles * n_parts * n_heads * batch,)](
-        q, k, v, d_out, lse, delta, d_k, d_v, *strides_of(q, k, v, d_out),
-        n_heads, n_heads // k.shape[1], n_q, n_k, part, walk.high + 1, n_sinks, scale,
+        q, k, v, d_out, lse2, delta, d_k, d_v, *strides_of(q, k, v, d_out),
+        n_heads, n_heads // k.shape[1], n_q, delta.shape[2], n_k, part, walk.high + 1, n_sinks,
+        scale,
         **sizes_of(q), **options_of(tiles, q, d_out),
     )  # fmt: skip
     return d_k, d_v, n_parts

@@ -16,7 +16,7 @@ from triton import next_power_of_2
 
 # one compilation for every length and every width
 sized_jit = partial(jit, do_not_specialize=(
-    "n_q", "n_k", "n_parts", "list_head", "n_terms", "low", "high", "n_sinks",
+    "n_q", "n_padded", "n_k", "n_parts", "list_head", "n_terms", "low", "high", "n_sinks",
 ))
 
 # flash attention's, but where short walks over few tiles do better with two programs a
