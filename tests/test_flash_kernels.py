@@ -336,9 +336,10 @@ def kernel_spec(target: str, kernel: str, dtype: str, d_head: int) -> dict:
         "kernel": f"{MODULE}:_{kernel}_kernel",
         "target": target,
         "signature": {f"{x}_ptr": f"*{dtype}" for x in TENSORS[kernel]}
-        | {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32"}
+        | {"lse_ptr": "*fp32", "lse2_ptr": "*fp32", "delta_ptr": "*fp32", "scale": "fp32"}
         | dict.fromkeys(batch_and_head, "i64")
-        | dict.fromkeys([*rows, "n_heads", "n_kv_heads", "group", "n_q", "n_k"], "i32"),
+        | dict.fromkeys([*rows, "n_heads", "n_kv_heads", "group"], "i32")
+        | dict.fromkeys(["n_q", "n_padded", "n_k"], "i32"),
         "constexprs": {
             "CAUSAL": True, "D_HEAD": d_head, "D": max(16, 1 << (d_head - 1).bit_length()),
             "TILE_Q": tiles.tile_q, "TILE_K": tiles.tile_k, "STAGES": tiles.n_stages,
@@ -355,8 +356,9 @@ def delta_spec(target: str) -> dict:
         "kernel": f"{MODULE}:_backward_delta_kernel",
         "target": target,
         "signature": dict.fromkeys(strides, "i64")
-        | {"out_ptr": "*fp16", "d_out_ptr": "*fp16", "d_lse_ptr": "*fp32", "delta_ptr": "*fp32"}
-        | {"n_heads": "i32", "n_q": "i32"},
+        | {"out_ptr": "*fp16", "d_out_ptr": "*fp16"}
+        | dict.fromkeys(["lse_ptr", "d_lse_ptr", "lse2_ptr", "delta_ptr"], "*fp32")
+        | dict.fromkeys(["n_heads", "n_q", "n_padded"], "i32"),
         "constexprs": {"D_HEAD": 128, "D": 128, "TILE_Q": 64},
         "aligned": strides,
     }

@@ -149,13 +149,18 @@ def _forward_kernel(
 @jit
 def _backward_delta_kernel(
     out_ptr, d_out_ptr,             # (batch, n_heads, n_q, D_HEAD)
-    d_lse_ptr, delta_ptr,           # (batch, n_heads, n_q) float32, contiguous
+    lse_ptr, d_lse_ptr,             # (batch, n_heads, n_q) float32, contiguous
+    lse2_ptr, delta_ptr,            # (batch, n_heads, n_padded) float32, the results
     out_batch, out_head, out_row, d_out_batch, d_out_head, d_out_row,
-    n_heads, n_q,
+    n_heads, n_q, n_padded,
     D_HEAD: tl.constexpr, D: tl.constexpr, TILE_Q: tl.constexpr,
 ):
-    """One program: delta = rowsum(d_out * out) - d_lse of TILE_Q rows; dS is P * (dP - delta)."""
-    tile, head, batch = owned(tl.cdiv(n_q, TILE_Q), n_heads)
+    """One program: delta = rowsum(d_out * out) - d_lse of TILE_Q rows; dS is P * (dP - delta).
+
+    And their log-sum-exp in base 2, inf past the last row: the other kernels need not look where
+    that is.
+    """
+    tile, head, batch = owned(n_padded // TILE_Q, n_heads)
     first = tile * TILE_Q
     row = first + tl.arange(0, TILE_Q)                                  # (TILE_Q,)
     out = load_rows(
@@ -169,15 +174,18 @@ def _backward_delta_kernel(
     at = (batch * n_heads + head) * n_q + row                           # (TILE_Q,)
     d_lse = tl.load(d_lse_ptr + at, row < n_q, other=0.0)
     delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), axis=1) - d_lse
-    tl.store(delta_ptr + at, delta, row < n_q)
+    lse2 = tl.load(lse_ptr + at, row < n_q, other=float("inf")) * LOG2_E
+    padded_at = (batch * n_heads + head) * n_padded + row               # (TILE_Q,)
+    tl.store(lse2_ptr + padded_at, lse2)
+    tl.store(delta_ptr + padded_at, delta)
 
 
 @jit
 def _absorb_queries(
     d_k, d_v, k, v,                 # (TILE_K, D) each: this program's keys
-    q_rows, d_out_rows, lse_at, delta_at,                               # of all heads
+    q_rows, d_out_rows, lse2_at, delta_at,                              # of all heads
     first_head, group, q_head, q_row, d_out_head, d_out_row,
-    first_k, begin, end, n_q, n_k, scale_log2,
+    first_k, begin, end, n_q, n_padded, n_k, scale_log2,
     MASKED: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
@@ -186,22 +194,24 @@ def _absorb_queries(
 
     Scores lie keys by queries here, so that both sums can read them from registers. One loop runs
     over the tiles of all heads, not one a head: its pipeline does not run dry between two heads.
+    Past the last query p is 0, whatever the keys: there lse2 is inf.
     """
     n_tiles = tl.cdiv(end - begin, TILE_Q)
-    per_head = tl.maximum(n_tiles, 1)       # the pipeline divides before it knows of no tiles
-    for step in tl.range(0, group * n_tiles, num_stages=STAGES):
-        head = first_head + step // per_head
-        first = begin + step % per_head * TILE_Q
-        row = first + tl.arange(0, TILE_Q)                              # (TILE_Q,)
-        at = tl.cast(head, tl.int64) * n_q + row                        # (TILE_Q,)
+    head, place = first_head - 1, n_tiles - 1       # one step before the first
+    for _ in tl.range(0, group * n_tiles, num_stages=STAGES):
+        place = tl.where(place == n_tiles - 1, 0, place + 1)
+        head = tl.where(place == 0, head + 1, head)
+        first = begin + place * TILE_Q
+        at = tl.multiple_of(tl.cast(head, tl.int64) * n_padded + first, 16)
+        at += tl.arange(0, TILE_Q)                                      # (TILE_Q,)
         q = load_rows(
             q_rows, head, first, n_q, q_head, q_row, TILE_Q, D_HEAD, D, TMA, CHECKED=True
         )
-        # past the end p must be 0, whatever the keys: exp2(score - inf)
-        lse = tl.load(lse_at + at, row < n_q, other=float("inf"))       # (TILE_Q,)
+        lse2 = tl.load(lse2_at + at)                                    # (TILE_Q,)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)      # (TILE_K, TILE_Q)
-        p = tl.exp2(scores * scale_log2 - (lse * LOG2_E)[None, :])
+        p = tl.exp2(scores * scale_log2 - lse2[None, :])
         if MASKED:
+            row = first + tl.arange(0, TILE_Q)                          # (TILE_Q,)
             token = first_k + tl.arange(0, TILE_K)                      # (TILE_K,)
             p = tl.where(token[:, None] <= row[None, :] + (n_k - n_q), p, 0.0)
         d_out = load_rows(
@@ -209,7 +219,7 @@ def _absorb_queries(
             TILE_Q, D_HEAD, D, TMA, CHECKED=True,
         )
         d_v = tl.dot(p.to(d_out.dtype), d_out, d_v, input_precision=PRECISION)
-        delta = tl.load(delta_at + at, row < n_q, other=0.0)            # (TILE_Q,)
+        delta = tl.load(delta_at + at)                                  # (TILE_Q,)
         # dS = P * (dP - delta): the product starts at -delta, which costs no registers later
         d_p = tl.zeros((TILE_K, TILE_Q), tl.float32) - delta[None, :]
         d_p = tl.dot(v, tl.trans(d_out), d_p, input_precision=PRECISION)    # (TILE_K, TILE_Q)
@@ -220,11 +230,12 @@ def _absorb_queries(
 
 @jit
 def _backward_keys_kernel(
-    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, d_out_ptr,
+    lse2_ptr, delta_ptr,            # as `_backward_delta_kernel` makes them
     d_k_ptr, d_v_ptr,               # like k and v
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     d_out_batch, d_out_head, d_out_row, d_k_batch, d_k_head, d_k_row, d_v_batch, d_v_head, d_v_row,
-    n_kv_heads, group, n_q, n_k, scale,
+    n_kv_heads, group, n_q, n_padded, n_k, scale,
     CAUSAL: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     TMA: tl.constexpr,
@@ -245,7 +256,8 @@ def _backward_keys_kernel(
     q_at, d_out_at = q_ptr + batch * q_batch, d_out_ptr + batch * d_out_batch
     q_rows = rows_of(q_at, n_heads, n_q, q_head, q_row, TILE_Q, D_HEAD, D, TMA)
     d_out_rows = rows_of(d_out_at, n_heads, n_q, d_out_head, d_out_row, TILE_Q, D_HEAD, D, TMA)
-    lse_at, delta_at = lse_ptr + batch * n_heads * n_q, delta_ptr + batch * n_heads * n_q
+    rows_at = batch * n_heads * n_padded
+    lse2_at, delta_at = lse2_ptr + rows_at, delta_ptr + rows_at
 
     d_k = tl.zeros((TILE_K, D), tl.float32)
     d_v = tl.zeros((TILE_K, D), tl.float32)
@@ -256,15 +268,15 @@ def _backward_keys_kernel(
         full = tl.cdiv(tl.maximum(first_k + TILE_K - 1 + n_q - n_k, 0), TILE_Q) * TILE_Q
         full = tl.minimum(full, n_q)
         d_k, d_v = _absorb_queries(
-            d_k, d_v, k, v, q_rows, d_out_rows, lse_at, delta_at,
+            d_k, d_v, k, v, q_rows, d_out_rows, lse2_at, delta_at,
             kv_head * group, group, q_head, q_row, d_out_head, d_out_row,
-            first_k, begin, full, n_q, n_k, scale_log2,
+            first_k, begin, full, n_q, n_padded, n_k, scale_log2,
             True, TILE_Q, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
         )
     d_k, d_v = _absorb_queries(
-        d_k, d_v, k, v, q_rows, d_out_rows, lse_at, delta_at,
+        d_k, d_v, k, v, q_rows, d_out_rows, lse2_at, delta_at,
         kv_head * group, group, q_head, q_row, d_out_head, d_out_row,
-        first_k, full, n_q, n_q, n_k, scale_log2,
+        first_k, full, n_q, n_q, n_padded, n_k, scale_log2,
         False, TILE_Q, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
     )
     d_k_at, d_v_at = d_k_ptr + batch * d_k_batch, d_v_ptr + batch * d_v_batch
@@ -275,7 +287,7 @@ def _backward_keys_kernel(
 @jit
 def _absorb_keys(
     d_q, q, d_out,                  # (TILE_Q, D) each: this program's queries
-    lse, delta, row_end,            # (TILE_Q,) each
+    lse2, delta, row_end,           # (TILE_Q,) each
     k_rows, v_rows, kv_head, k_head, k_row, v_head, v_row,
     begin, end, n_k, scale_log2,
     MASKED: tl.constexpr, TILE_K: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
@@ -290,7 +302,7 @@ def _absorb_keys(
             v_rows, kv_head, first, n_k, v_head, v_row, TILE_K, D_HEAD, D, TMA, CHECKED=MASKED
         )
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)      # (TILE_Q, TILE_K)
-        p = tl.exp2(scores * scale_log2 - (lse * LOG2_E)[:, None])
+        p = tl.exp2(scores * scale_log2 - lse2[:, None])
         if MASKED:
             token = first + tl.arange(0, TILE_K)                        # (TILE_K,)
             p = tl.where(token[None, :] < row_end[:, None], p, 0.0)
@@ -302,11 +314,12 @@ def _absorb_keys(
 
 @jit
 def _backward_queries_kernel(
-    q_ptr, k_ptr, v_ptr, d_out_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, d_out_ptr,
+    lse2_ptr, delta_ptr,            # as `_backward_delta_kernel` makes them
     d_q_ptr,                        # like q
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     d_out_batch, d_out_head, d_out_row, d_q_batch, d_q_head, d_q_row,
-    n_heads, group, n_q, n_k, scale,
+    n_heads, group, n_q, n_padded, n_k, scale,
     CAUSAL: tl.constexpr, D_HEAD: tl.constexpr, D: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     TMA: tl.constexpr,
@@ -329,20 +342,19 @@ def _backward_queries_kernel(
         d_out_at, head, first_q, n_q, d_out_head, d_out_row, TILE_Q, D_HEAD, D, False, CHECKED=True
     )
     row = first_q + tl.arange(0, TILE_Q)                                # (TILE_Q,)
-    at = (batch * n_heads + head) * n_q + row                           # (TILE_Q,)
-    lse = tl.load(lse_ptr + at, row < n_q, other=float("inf"))
-    delta = tl.load(delta_ptr + at, row < n_q, other=0.0)
+    at = (batch * n_heads + head) * n_padded + row                      # (TILE_Q,)
+    lse2, delta = tl.load(lse2_ptr + at), tl.load(delta_ptr + at)
 
     row_end = _row_end(row, n_q, n_k, CAUSAL)                           # (TILE_Q,)
     full, end = _key_range(first_q, n_q, n_k, TILE_Q, TILE_K, CAUSAL)
     d_q = tl.zeros((TILE_Q, D), tl.float32)
     d_q = _absorb_keys(
-        d_q, q, d_out, lse, delta, row_end,
+        d_q, q, d_out, lse2, delta, row_end,
         k_rows, v_rows, kv_head, k_head, k_row, v_head, v_row, 0, full, n_k, scale_log2,
         False, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
     )
     d_q = _absorb_keys(
-        d_q, q, d_out, lse, delta, row_end,
+        d_q, q, d_out, lse2, delta, row_end,
         k_rows, v_rows, kv_head, k_head, k_row, v_head, v_row, full, end, n_k, scale_log2,
         True, TILE_K, D_HEAD, D, PRECISION, STAGES, TMA,
     )
@@ -382,7 +394,7 @@ def flash_attention_triton(
 
     Cost: forward 4 * batch * n_heads * n_q * n_k * d_head operations, about half of it causal;
     backward 3.5 times that, since both of its kernels compute the scores again. Memory: lse, and
-    delta of the same size in the backward pass, beside inputs, results and gradients.
+    two more of its size in the backward pass, beside inputs, results and gradients.
     Source: Dao 2023 (FlashAttention-2), Algorithms 1 and 2; two kernels instead of atomics.
     """
     out, lse = _flash_attention(q, k, v, causal, scale)
@@ -460,23 +472,27 @@ def _backward(q, k, v, out, lse, d_out, d_lse, causal: bool, scale: float):
     n_kv_heads, n_k = k.shape[1:3]
     d_out = d_out if is_walkable(d_out) else d_out.contiguous()    # an expanded scalar, often
     d_q, d_k, d_v = empty_like(q), empty_like(k), empty_like(v)
-    delta = torch.empty_like(lse)
     d, precision = padded(d_head), precision_of(q.dtype)
     sizes = {"CAUSAL": causal, "D_HEAD": d_head, "D": d, "PRECISION": precision}
     rows = 64 if d <= 128 else 32
-    _backward_delta_kernel[(ceil_div(n_q, rows) * n_heads * batch,)](
-        out, d_out, d_lse.contiguous(), delta, *strides_of(out, d_out), n_heads, n_q,
-        D_HEAD=d_head, D=d, TILE_Q=rows,
+    to_keys = choose_tiles("backward_keys", d_head, q.dtype)
+    to_queries = choose_tiles("backward_queries", d_head, q.dtype)
+    most = max(rows, to_keys.tile_q, to_queries.tile_q)
+    n_padded = ceil_div(n_q, most) * most
+    lse2, delta = q.new_empty((2, batch, n_heads, n_padded), dtype=torch.float32)
+    _backward_delta_kernel[(n_padded // rows * n_heads * batch,)](
+        out, d_out, lse, d_lse.contiguous(), lse2, delta, *strides_of(out, d_out),
+        n_heads, n_q, n_padded, D_HEAD=d_head, D=d, TILE_Q=rows,
     )  # fmt: skip
-    tiles = choose_tiles("backward_keys", d_head, q.dtype)
-    _backward_keys_kernel[(ceil_div(n_k, tiles.tile_k) * n_kv_heads * batch,)](
-        q, k, v, d_out, lse, delta, d_k, d_v, *strides_of(q, k, v, d_out, d_k, d_v),
-        n_kv_heads, n_heads // n_kv_heads, n_q, n_k, scale, **sizes, **options_of(tiles, q, d_out),
+    _backward_keys_kernel[(ceil_div(n_k, to_keys.tile_k) * n_kv_heads * batch,)](
+        q, k, v, d_out, lse2, delta, d_k, d_v, *strides_of(q, k, v, d_out, d_k, d_v),
+        n_kv_heads, n_heads // n_kv_heads, n_q, n_padded, n_k, scale,
+        **sizes, **options_of(to_keys, q, d_out),
     )  # fmt: skip
-    tiles = choose_tiles("backward_queries", d_head, q.dtype)
-    _backward_queries_kernel[(ceil_div(n_q, tiles.tile_q) * n_heads * batch,)](
-        q, k, v, d_out, lse, delta, d_q, *strides_of(q, k, v, d_out, d_q),
-        n_heads, n_heads // n_kv_heads, n_q, n_k, scale, **sizes, **options_of(tiles, k, v),
+    _backward_queries_kernel[(ceil_div(n_q, to_queries.tile_q) * n_heads * batch,)](
+        q, k, v, d_out, lse2, delta, d_q, *strides_of(q, k, v, d_out, d_q),
+        n_heads, n_heads // n_kv_heads, n_q, n_padded, n_k, scale,
+        **sizes, **options_of(to_queries, k, v),
     )  # fmt: skip
     return d_q, d_k, d_v
 

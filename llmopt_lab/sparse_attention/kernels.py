@@ -201,9 +201,9 @@ def sparse_attention_triton(
         BadInput: a shape, dtype, device, layout or scale is wrong, or the lists do not fit.
 
     Cost: forward 4 * d_head operations a pair in a live block and query head, backward 3.5 times
-    that. Memory: lse, the lists (4 bytes a pair of blocks), and in the backward pass delta and, for
-    a window with sinks, 8 * d_head * n_sinks bytes a query head and a part of its queries, of
-    1,024 * ceil(n_sinks / 64) each.
+    that. Memory: lse, the lists (4 bytes a pair of blocks), and in the backward pass two more of
+    the size of lse and, for a window with sinks, 8 * d_head * n_sinks bytes a query head and a part
+    of its queries, of 1,024 * ceil(n_sinks / 64) each.
     A pattern of more than two terms (many global tokens, random blocks) is slow where its blocks
     are partial: each term near a block is evaluated for every pair of it.
     Source: Dao et al. 2022 (FlashAttention), section 3.3, with the loops of FlashAttention-2.
