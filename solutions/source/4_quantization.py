@@ -303,9 +303,9 @@ def train(fake_quantize) -> float:
     return loss.item()
 
 
-print(f"guide, 8 bits             loss {train(FakeQuantize(8)):.5f}")
-print(f"straight-through, 8 bits  loss {train(lambda w: reference.fake_quantize(w, bits=8)):.5f}")
-print(f"straight-through, 4 bits  loss {train(lambda w: reference.fake_quantize(w, bits=4)):.5f}")
+print(f"guide, 8 bits             loss {train(FakeQuantize(8)):.3f}")
+print(f"straight-through, 8 bits  loss {train(lambda w: reference.fake_quantize(w, bits=8)):.3f}")
+print(f"straight-through, 4 bits  loss {train(lambda w: reference.fake_quantize(w, bits=4)):.3f}")
 
 # %% [markdown]
 # Straight-through means: round on the way forward, and act on the way back as if you had not.
