@@ -577,8 +577,8 @@ def specs_of(target: str) -> list[dict]:
     return specs
 
 
-# bytes a thread, at most: on an H200 the best tiles that do not spill ran at 0.91 to 0.99 of the
-# speed (width 128) and at 0.81 (width 64)
+# bytes a thread, at most. On an H200, before these kernels read padded rows, the best tiles of keys
+# that do not spill ran at 0.91 to 1.02 of the speed (width 128) and at 0.85 (width 64)
 SPILLS = {
     ("backward_keys_kernel", 64): 104, ("backward_keys_kernel", 128): 108,
     ("sink_parts_kernel", 64): 48, ("sink_parts_kernel", 128): 48,

@@ -282,6 +282,7 @@ def _run_contenders(contenders, sets: list[tuple], want: Tensor, device) -> dict
             "p20_ms": timing.p20_ms,
             "p80_ms": timing.p80_ms,
             "how": timing.how,
+            "n_sets": timer.n_calls,
             **results[name],
             "samples_ms": timing.samples_ms,
         }

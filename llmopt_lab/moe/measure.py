@@ -9,6 +9,7 @@ import argparse
 import datetime
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ RESULTS = Path(__file__).parent / "results" / "measured.json"
 PREFILL = ({"n_tokens": 4096} | MIXTRAL, {"n_tokens": 32768} | QWEN)
 DECODE = {"n_tokens": 1} | QWEN
 TURNS, CALLS = 4, 3  # the layers in turn, so many calls each
+PROFILED = 20  # calls
 HOW_TRAINING = (
     f"bfloat16; events around each call, launches included; the same inputs each time; the two "
     f"layers in turn, {CALLS} calls each, {TURNS} times, the first turn left out. Gradients of x, "
@@ -32,8 +34,8 @@ HOW_TRAINING = (
     "gradients_differ: norm of the difference over the norm of torch's."
 )
 HOW_KERNELS = (
-    "torch.profiler, mean of 20 calls with the same weights; a kernel starts while the one before "
-    "it still runs, and its wait counts as its time"
+    f"torch.profiler, mean of {PROFILED} calls with the same weights; a kernel starts while the "
+    "one before it still runs, and its wait counts as its time"
 )
 
 Layer = Callable[..., Tensor]  # (x, router, w_gate_up, w_down, k) -> the result
@@ -46,7 +48,7 @@ def _ours(*tensors: Tensor, k: int) -> Tensor:
 
 
 def _torchs(*tensors: Tensor, k: int) -> Tensor:
-    return grouped(*tensors, k, logits_of=lambda x, router: x.float() @ router.float())
+    return grouped(*tensors, k)
 
 
 LAYERS: dict[str, Layer] = {"ours": _ours, "torch._grouped_mm": _torchs}
@@ -72,37 +74,35 @@ def training_step(size: dict) -> dict:
     whats = {"forward": lambda layer: layer(*tensors, k=k), "forward + backward": step}
     samples = {name: {what: {"samples_ms": []} for what in whats} for name in LAYERS}
     for what, run in whats.items():
-        for turn in range(TURNS):
-            for name, layer in LAYERS.items():
-                for _ in range(CALLS):
-                    ms = round(_milliseconds(lambda: run(layer)), 3)  # noqa: B023
-                    if turn > 0:
-                        samples[name][what]["samples_ms"].append(ms)
+        for turn, name, _ in product(range(TURNS), LAYERS, range(CALLS)):
+            ms = _milliseconds(run, LAYERS[name])
+            if turn > 0:
+                samples[name][what]["samples_ms"].append(ms)
     return {"size": size, "results": samples, "gradients_differ": differ}
 
 
-def _milliseconds(call: Callable[[], object]) -> float:
+def _milliseconds(run: Callable[[Layer], object], layer: Layer) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     stream = torch.cuda.current_stream()
     stream.record_event(begin)
-    call()
+    run(layer)
     stream.record_event(end)
     torch.cuda.synchronize()
-    return begin.elapsed_time(end)
+    return round(begin.elapsed_time(end), 3)
 
 
 @torch.no_grad()
-def decode_kernels(size: dict, n_calls: int = 20) -> dict[str, float]:
+def decode_kernels(size: dict) -> dict[str, float]:
     """Microseconds of each kernel of one call."""
     *tensors, k = bench_inputs("cuda", **size)
     _ours(*tensors, k=k)
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(n_calls):
+        for _ in range(PROFILED):
             _ours(*tensors, k=k)
         torch.cuda.synchronize()
     kernels = [event for event in profile.key_averages() if event.key.endswith("_kernel")]
-    return {event.key: round(event.device_time_total / n_calls, 2) for event in kernels}
+    return {event.key: round(event.device_time_total / PROFILED, 2) for event in kernels}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -41,12 +41,10 @@ def ours(x: Tensor, router: Tensor, w_gate_up: Tensor, w_down: Tensor, k: int) -
     return lambda: moe_layer_triton(x, router, w_gate_up, w_down, k=k)
 
 
-def grouped(
-    x: Tensor, router: Tensor, w_gate_up: Tensor, w_down: Tensor, k: int, logits_of=None
-) -> Tensor:
+def grouped(x: Tensor, router: Tensor, w_gate_up: Tensor, w_down: Tensor, k: int) -> Tensor:
     """A layer built on torch's grouped product: sort, gather, two products, gather back."""
     n_tokens, n_experts = len(x), len(w_down)
-    weights, experts = (logits_of or _logits)(x, router).topk(k)
+    weights, experts = _logits(x, router).topk(k)
     weights = weights.softmax(1)
     by_expert, order = experts.flatten().sort()
     numbers = torch.arange(n_experts, device=x.device)
@@ -119,9 +117,11 @@ def liger(x: Tensor, router: Tensor, w_gate_up: Tensor, w_down: Tensor, k: int) 
 
 def _logits(x: Tensor, router: Tensor) -> Tensor:
     """Products and sums in float32: bfloat16 logits would choose other experts."""
-    if x.is_cuda:
-        return torch.mm(x, router, out_dtype=torch.float32)
-    return x @ router
+    if not x.is_cuda:
+        return x @ router
+    if torch.is_grad_enabled() and router.requires_grad:
+        return x.float() @ router.float()  # the product below has no gradient
+    return torch.mm(x, router, out_dtype=torch.float32)
 
 
 def _compiled(layer: Callable[..., Tensor], *arguments) -> Call:

@@ -230,4 +230,3 @@ def _has_tma_strides(x: Tensor) -> bool:
     """TMA needs the address and every stride in steps of 16 bytes."""
     steps = [x.data_ptr(), *(stride * x.itemsize for stride in x.stride()[:-1])]
     return x.numel() > 0 and all(step % 16 == 0 for step in steps)
-

@@ -215,7 +215,10 @@ def sparse_attention_triton(
 
 
 def _settings(q: Tensor, k: Tensor, pattern, lists: BlockLists | None):
-    """(grid, terms, block_q, block_k): pattern and lists as the operator takes them."""
+    """(grid, terms, block_q, block_k): pattern and lists as the operator takes them.
+
+    Without lists the blocks are of size 0: `walk_from` chooses.
+    """
     numbers = numbers_of(pattern.at(k.shape[2]).terms())
     if lists is None:
         return q.new_empty((0, 0, 0), dtype=torch.int8), numbers, 0, 0
