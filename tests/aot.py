@@ -65,7 +65,7 @@ def _compile(spec: dict) -> dict:
     module, _, name = spec["kernel"].partition(":")
     kernel = getattr(importlib.import_module(module), name)
     signature = {arg: spec["signature"].get(arg, "constexpr") for arg in kernel.arg_names}
-    constexprs = {(kernel.arg_names.index(k),): v for k, v in spec["constexprs"].items()}
+    constexprs = {(kernel.arg_names.index(k),): _tuples(v) for k, v in spec["constexprs"].items()}
     # as the launcher finds them: tensors and the strides named in `aligned` divide by 16
     attrs = {
         (i,): [["tt.divisibility", 16]]
@@ -86,6 +86,11 @@ def _compile(spec: dict) -> dict:
         facts["registers"] = int(re.search(r"Used (\d+) registers", said)[1])
         facts["spills"] = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
     return facts
+
+
+def _tuples(value):
+    """Tuples came as JSON's lists."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _compile_aloud(source, **options):

@@ -241,7 +241,7 @@ def test_on_a_gpu_a_slow_contender_visits_fewer_input_sets_and_a_fast_one_all():
 
     def slow():
         time.sleep(0.02)
-        return x.item()
+        return x.tolist()
 
     assert bench._Timer([slow] * 32, device).n_calls in (bench.MIN_SETS, 5)
     assert bench._Timer([x.sum] * 32, device).n_calls == 32

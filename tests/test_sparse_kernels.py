@@ -24,6 +24,7 @@ from llmopt_lab.core.attention_kernels import Tiles
 from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.errors import BadInput
 from llmopt_lab.sparse_attention import kernels
+from llmopt_lab.sparse_attention.block_list_kernels import numbers_of, rule_of
 from llmopt_lab.sparse_attention.block_lists import cover, grids, lists_of
 from llmopt_lab.sparse_attention.cases import Sizes, attention_inputs, attention_oracle
 from llmopt_lab.sparse_attention.kernels import select_blocks, sparse_attention_triton, walk_of
@@ -488,21 +489,30 @@ PLACES = {
     "backward_keys": "backward_kernels:backward_keys_kernel",
     "backward_queries": "backward_kernels:backward_queries_kernel",
 }
+WINDOW = {"LISTED": False, "SINKS": False, "RULE": (), "LOOP": False}
 RULES = {
-    "window": {"LISTED": False, "SINKS": False, "TERMS": 0},
-    "window and sinks": {"LISTED": False, "SINKS": True, "TERMS": 0},
-    "listed window": {"LISTED": True, "SINKS": False, "TERMS": 0},
-    "two terms with steps": {"LISTED": True, "SINKS": False, "TERMS": 2, "STEPS": True},
-    "many terms of blocks": {"LISTED": True, "SINKS": False, "TERMS": -1, "GRAINS": True},
-}
+    "window": WINDOW,
+    "window and sinks": WINDOW | {"SINKS": True},
+    "listed window": WINDOW | {"LISTED": True},
+} | {
+    name: {
+        "LISTED": True, "SINKS": False, "RULE": rule_of(numbers_of(pattern.at(4096).terms())),
+        "LOOP": name.startswith("many"),
+    }
+    for name, pattern in {
+        "longformer": longformer(512, (0, -1)),
+        "two terms with steps": sparse_transformer(128),
+        "terms of blocks": InBlocks(48, longformer(5, (0,))),
+        "many terms of blocks": InBlocks(48, longformer(5, (0, 5, 10, 15, 20))),
+    }.items()
+}  # fmt: skip
 
 
 def kernel_spec(target: str, kernel: str, dtype: str, d_head: int, rule: str) -> dict:
-    constants = {"STEPS": False, "GRAINS": False} | RULES[rule]
+    constants = RULES[rule]
     tiles = tiles_for(
-        kernel, d_head, DTYPES[dtype], CAPABILITIES[target],
-        rule_is_short=constants["TERMS"] == 0,
-    )  # fmt: skip
+        kernel, d_head, DTYPES[dtype], CAPABILITIES[target], constants["RULE"]
+    )
     strides = [f"{x}_{n}" for x in TENSORS[kernel] for n in ("batch", "head")]
     rows = [f"{x}_row" for x in TENSORS[kernel]]
     counts = ["n_heads", "n_kv_heads", "group", "n_q", "n_padded", "n_k", "n_parts", "list_head"]
@@ -568,7 +578,7 @@ def specs_of(target: str) -> list[dict]:
         specs += [
             kernel_spec(target, kernel, half, 128, rule)
             for kernel in TENSORS
-            for rule in ("listed window", "two terms with steps", "many terms of blocks")
+            for rule in list(RULES)[2:]
         ]
         specs += [kernel_spec(target, kernel, half, 64, "window and sinks") for kernel in TENSORS]
         specs += [kernel_spec(target, "backward_keys", half, d, "window") for d in (64, 128)]
@@ -593,7 +603,7 @@ def test_kernels_compile_and_fit_the_chip(target):
         assert facts["shared"] <= aot.TARGETS[target][3], f"{what}: shared memory {facts['shared']}"
         if target == "sm_90":
             name, d = spec["kernel"].split(":")[1], spec["constexprs"].get("D")
-            allowed = SPILLS.get((name, d), 0) if spec["constexprs"].get("TERMS", 0) == 0 else 0
+            allowed = 0 if spec["constexprs"].get("RULE") else SPILLS.get((name, d), 0)
             assert facts["spills"] <= allowed, f"{what} spills {facts['spills']} bytes"
 
 

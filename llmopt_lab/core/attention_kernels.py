@@ -120,15 +120,15 @@ TILES = {
 
 def tiles_from(
     table: dict, kernel: str, d_head: int, dtype: torch.dtype, capability: tuple[int, int] | None,
-    *, at_most: tuple[int, int, int] | None = None,
+    *, at_most: Tiles | None = None,
 ) -> Tiles:
     """The table's tiles, cut down to what a GPU of that capability (None: AMD) holds.
 
     Args:
         table: (kernel, bytes an element, padded d_head up to) -> Tiles, for an H100.
         kernel: "forward", "backward_keys" or "backward_queries".
-        at_most: queries and keys of a tile, and the warps then, where a kernel needs registers of
-            its own beside the scores.
+        at_most: queries and keys of a tile, and the warps and stages then, where a kernel needs
+            registers of its own beside the scores.
     """
     d = padded(d_head)
     tensor_cores = capability is None or capability >= (8, 0)
@@ -137,8 +137,8 @@ def tiles_from(
     if capability is not None and capability >= (9, 0):
         tiles = tiles._replace(tma=True)
     if at_most:
-        tile_q, tile_k = min(at_most[0], tiles.tile_q), min(at_most[1], tiles.tile_k)
-        tiles = Tiles(tile_q, tile_k, at_most[2], 2, tiles.tma)
+        tile_q, tile_k = min(at_most.tile_q, tiles.tile_q), min(at_most.tile_k, tiles.tile_k)
+        tiles = at_most._replace(tile_q=tile_q, tile_k=tile_k, tma=tiles.tma)
     if itemsize == 2 and (capability is None or capability[0] not in (9, 10)):
         tiles = _with_shorter_steps(kernel, tiles)      # products read registers, not shared memory
     # AMD's has 64 KiB, but its kernels do not keep tiles there

@@ -6,6 +6,7 @@ renormalise; k is 2 or more. A peer with another layout of the weights gets a co
 clock starts.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -128,6 +129,8 @@ def _compiled(layer: Callable[..., Tensor], *arguments) -> Call:
     if gpu_facts() is None:
         raise Missing("torch.compile is only timed on a GPU here")
     compiled = _compile(layer, tuple(x.shape for x in arguments[:-1]))
+    with warnings.catch_warnings(action="ignore"):  # of the compiler, about its own choices
+        compiled(*arguments)
     return lambda: compiled(*arguments)
 
 

@@ -30,7 +30,7 @@ def _absorb_queries(
     terms_ptr, n_terms, low, high, n_sinks, n_q, n_padded, n_k, scale_log2,
     MASKED: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, BLOCK_Q: tl.constexpr, LISTED: tl.constexpr,
-    SINKS: tl.constexpr, TERMS: tl.constexpr, STEPS: tl.constexpr, GRAINS: tl.constexpr,
+    SINKS: tl.constexpr, RULE: tl.constexpr, LOOP: tl.constexpr,
     D_HEAD: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):
@@ -60,7 +60,7 @@ def _absorb_queries(
             token = first + n_k - n_q + tl.arange(0, TILE_Q)            # (TILE_Q,)
             seen = pairs_seen(
                 token, key, first + n_k - n_q, first_k, terms_ptr, n_terms, low, high, n_sinks,
-                SINKS, TERMS, STEPS, GRAINS, True,
+                SINKS, RULE, LOOP, True,
             )
             p = tl.where(seen, p, 0.0)
         d_out = load_rows(
@@ -120,8 +120,8 @@ def sink_parts_kernel(
         head, 1, q_head, q_row, d_out_head, d_out_row,
         end - begin, begin, end, end, end, None, 0,                     # no list
         None, 0, low, n_k, 0, n_q, n_padded, n_k, scale * LOG2_E,       # no terms
-        True, TILE_Q, TILE_K, TILE_Q, False, False, 0, False, False, D_HEAD, D, PRECISION,
-        STAGES, TMA,
+        True, TILE_Q, TILE_K, TILE_Q, False, False, (), False,          # a window
+        D_HEAD, D, PRECISION, STAGES, TMA,
     )
     at = (batch * n_heads + head) * n_parts + tile // n_tiles
     part_size = n_sinks * D_HEAD
@@ -154,8 +154,7 @@ def backward_keys_kernel(
     d_out_batch, d_out_head, d_out_row, d_k_batch, d_k_head, d_k_row, d_v_batch, d_v_head, d_v_row,
     n_kv_heads, group, n_q, n_padded, n_k, n_parts, list_head, n_terms, low, high, n_sinks, scale,
     D_HEAD: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
-    LISTED: tl.constexpr, SINKS: tl.constexpr, TERMS: tl.constexpr, STEPS: tl.constexpr,
-    GRAINS: tl.constexpr,
+    LISTED: tl.constexpr, SINKS: tl.constexpr, RULE: tl.constexpr, LOOP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):
@@ -200,7 +199,7 @@ def backward_keys_kernel(
         kv_head * group, group, q_head, q_row, d_out_head, d_out_row,
         n_full, begin, full_begin, full_end, end, blocks_at, 0,
         terms_ptr, n_terms, low, high, n_sinks, n_q, n_padded, n_k, scale_log2,
-        False, TILE_Q, TILE_K, BLOCK_Q, LISTED, SINKS and LISTED, TERMS, STEPS, GRAINS,
+        False, TILE_Q, TILE_K, BLOCK_Q, LISTED, SINKS and LISTED, RULE, LOOP,
         D_HEAD, D, PRECISION, STAGES, TMA,
     )
     d_k, d_v = _absorb_queries(
@@ -208,7 +207,7 @@ def backward_keys_kernel(
         kv_head * group, group, q_head, q_row, d_out_head, d_out_row,
         n_partial, begin, full_begin, full_end, end, blocks_at, n_full,
         terms_ptr, n_terms, low, high, n_sinks, n_q, n_padded, n_k, scale_log2,
-        True, TILE_Q, TILE_K, BLOCK_Q, LISTED, SINKS and LISTED, TERMS, STEPS, GRAINS,
+        True, TILE_Q, TILE_K, BLOCK_Q, LISTED, SINKS and LISTED, RULE, LOOP,
         D_HEAD, D, PRECISION, STAGES, TMA,
     )
     d_k_at, d_v_at = d_k_ptr + batch * d_k_batch, d_v_ptr + batch * d_v_batch
@@ -224,7 +223,7 @@ def _absorb_keys(
     n_tiles, begin, full_begin, full_end, end, blocks_at, n_before,     # as `tile_at`
     terms_ptr, n_terms, low, high, n_sinks, n_k, scale_log2,
     MASKED: tl.constexpr, TILE_K: tl.constexpr, BLOCK_K: tl.constexpr, LISTED: tl.constexpr,
-    SINKS: tl.constexpr, TERMS: tl.constexpr, STEPS: tl.constexpr, GRAINS: tl.constexpr,
+    SINKS: tl.constexpr, RULE: tl.constexpr, LOOP: tl.constexpr,
     D_HEAD: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):
@@ -246,7 +245,7 @@ def _absorb_keys(
             key = first + tl.arange(0, TILE_K)                          # (TILE_K,)
             seen = pairs_seen(
                 token, key, top, first, terms_ptr, n_terms, low, high, n_sinks,
-                SINKS, TERMS, STEPS, GRAINS, False,
+                SINKS, RULE, LOOP, False,
             )
             p = tl.where(seen & (key < n_k)[None, :], p, 0.0)
         d_p = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)     # (TILE_Q, TILE_K)
@@ -266,8 +265,7 @@ def backward_queries_kernel(
     d_q_batch, d_q_head, d_q_row,
     n_heads, group, n_q, n_padded, n_k, list_head, n_terms, low, high, n_sinks, scale,
     D_HEAD: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
-    LISTED: tl.constexpr, SINKS: tl.constexpr, TERMS: tl.constexpr, STEPS: tl.constexpr,
-    GRAINS: tl.constexpr,
+    LISTED: tl.constexpr, SINKS: tl.constexpr, RULE: tl.constexpr, LOOP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):
@@ -317,16 +315,14 @@ def backward_queries_kernel(
         k_rows, v_rows, kv_head, k_head, k_row, v_head, v_row,
         n_full, begin, full_begin, full_end, end, blocks_at, 0,
         terms_ptr, n_terms, low, high, n_sinks, n_k, scale_log2,
-        False, TILE_K, BLOCK_K, LISTED, SINKS, TERMS, STEPS, GRAINS, D_HEAD, D, PRECISION, STAGES,
-        TMA,
+        False, TILE_K, BLOCK_K, LISTED, SINKS, RULE, LOOP, D_HEAD, D, PRECISION, STAGES, TMA,
     )
     d_q = _absorb_keys(
         d_q, q, d_out, lse2, delta, row + n_k - n_q, first_q + n_k - n_q,
         k_rows, v_rows, kv_head, k_head, k_row, v_head, v_row,
         n_partial, begin, full_begin, full_end, end, blocks_at, n_full,
         terms_ptr, n_terms, low, high, n_sinks, n_k, scale_log2,
-        True, TILE_K, BLOCK_K, LISTED, SINKS, TERMS, STEPS, GRAINS, D_HEAD, D, PRECISION, STAGES,
-        TMA,
+        True, TILE_K, BLOCK_K, LISTED, SINKS, RULE, LOOP, D_HEAD, D, PRECISION, STAGES, TMA,
     )
     d_q_at = d_q_ptr + batch * d_q_batch
     store_rows(d_q_at, d_q * scale, head, first_q, n_q, d_q_head, d_q_row, TILE_Q, D_HEAD, D)

@@ -5,7 +5,8 @@ window, with or without sinks, needs no list: its blocks follow from a program's
 """
 
 import math
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import or_
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,9 @@ import triton.language as tl
 
 FAR = 1 << 30                               # further than any token, as in the patterns
 FIELDS = tl.constexpr(16)                   # int32 of one term in the table: two bands
-MOST_UNROLLED = 2                           # terms that a kernel is compiled for
+MOST_UNROLLED = 8                           # terms that a kernel is compiled for
+# what a band forbids: bits of its kind
+LOW, HIGH, STEP, ROWS, COLS, GRAIN = (tl.constexpr(1 << i) for i in range(6))
 CHUNK = tl.constexpr(256)                   # terms that are looked at at once
 EVERYTHING = (1, -FAR, FAR, 1, -FAR, FAR, -FAR, FAR)    # a band, field by field
 NOTHING = (1, 1, 0, 1, 0, 0, 0, 0)
@@ -197,8 +200,7 @@ class Walk(NamedTuple):
     n_sinks: int            # no more than there are keys
     is_window: bool         # inside blocks the rule is that window and those sinks, nothing else
     from_terms: bool        # whether the lists come from the terms: no window, no chosen blocks
-    steps: bool             # whether some band of the rule has a step, or a grain, other than 1
-    grains: bool
+    rule: tuple             # as `rule_of` has it; () for a window
     block_q: int
     block_k: int
     n_q: int
@@ -239,9 +241,7 @@ class Walk(NamedTuple):
         n_terms = len(self.terms)
         constants = {
             "LISTED": self.listed, "SINKS": self.is_window and self.n_sinks > 0,
-            "TERMS": 0 if self.is_window else n_terms if n_terms <= MOST_UNROLLED else -1,
-            "STEPS": self.steps and not self.is_window,
-            "GRAINS": self.grains and not self.is_window,
+            "RULE": self.rule, "LOOP": bool(self.rule) and n_terms > MOST_UNROLLED,
             "BLOCK_Q": self.block_q, "BLOCK_K": self.block_k,
         }  # fmt: skip
         scalars = (list_head, n_terms, self.low, self.high, self.n_sinks)
@@ -265,10 +265,26 @@ def walk_from(
     low, high, n_sinks = window or (0, 0, 0)
     return Walk(
         table_of(tuple(terms), q.device), grid, low, high, min(n_sinks, n_k), window is not None,
-        from_terms,
-        any(step != 1 for step in terms[3::8]), any(grain != 1 for grain in terms[::8]),
-        block_q, block_k, n_q, n_k,
+        from_terms, rule_of(terms) if window is None else (), block_q, block_k, n_q, n_k,
     )  # fmt: skip
+
+
+def rule_of(numbers: list[int]) -> tuple[int, ...]:
+    """The kinds of every term's two bands, one after the other: what a kernel is compiled for.
+
+    Many terms are as one of which each band forbids what any of theirs forbids.
+    """
+    kinds = []
+    for i in range(0, len(numbers), 8):
+        grain, low, high, step, row_begin, row_end, col_begin, col_end = numbers[i : i + 8]
+        forbids = (
+            low > -FAR, high < FAR, step != 1, row_begin > -FAR or row_end < FAR,
+            col_begin > -FAR or col_end < FAR, grain != 1,
+        )  # fmt: skip
+        kinds.append(sum(1 << bit for bit, so in enumerate(forbids) if so))
+    if len(kinds) > 2 * MOST_UNROLLED:
+        kinds = [reduce(or_, kinds[::2]), reduce(or_, kinds[1::2])]
+    return tuple(kinds)
 
 
 def _is_whole(numbers: list[int], block_q: int, block_k: int) -> bool:

@@ -67,7 +67,7 @@ def _absorb(
     terms_ptr, n_terms, low, high, n_sinks, n_k, scale_log2,
     MASKED: tl.constexpr,           # whether some row sees only a part of these keys
     TILE_K: tl.constexpr, BLOCK_K: tl.constexpr, LISTED: tl.constexpr,
-    SINKS: tl.constexpr, TERMS: tl.constexpr, STEPS: tl.constexpr, GRAINS: tl.constexpr,
+    SINKS: tl.constexpr, RULE: tl.constexpr, LOOP: tl.constexpr,
     D_HEAD: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):
@@ -88,7 +88,7 @@ def _absorb(
             key = first + tl.arange(0, TILE_K)                          # (TILE_K,)
             seen = pairs_seen(
                 token, key, top, first, terms_ptr, n_terms, low, high, n_sinks,
-                SINKS, TERMS, STEPS, GRAINS, False,
+                SINKS, RULE, LOOP, False,
             )
             scores = tl.where(seen & (key < n_k)[None, :], scores, -float("inf"))
         m_new = tl.maximum(m, tl.max(scores, axis=1) * scale_log2)      # (TILE_Q,)
@@ -117,8 +117,7 @@ def _forward_kernel(
     out_batch, out_head, out_row,
     n_heads, group, n_q, n_k, list_head, n_terms, low, high, n_sinks, scale,
     D_HEAD: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
-    LISTED: tl.constexpr, SINKS: tl.constexpr, TERMS: tl.constexpr, STEPS: tl.constexpr,
-    GRAINS: tl.constexpr,
+    LISTED: tl.constexpr, SINKS: tl.constexpr, RULE: tl.constexpr, LOOP: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_K: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):
@@ -154,16 +153,14 @@ def _forward_kernel(
         k_rows, v_rows, kv_head, k_head, k_row, v_head, v_row,
         n_full, begin, full_begin, full_end, end, blocks_at, 0,
         terms_ptr, n_terms, low, high, n_sinks, n_k, scale_log2,
-        False, TILE_K, BLOCK_K, LISTED, SINKS, TERMS, STEPS, GRAINS, D_HEAD, D, PRECISION, STAGES,
-        TMA,
+        False, TILE_K, BLOCK_K, LISTED, SINKS, RULE, LOOP, D_HEAD, D, PRECISION, STAGES, TMA,
     )
     m, total, acc = _absorb(
         m, total, acc, q, token, first_q + n_k - n_q,
         k_rows, v_rows, kv_head, k_head, k_row, v_head, v_row,
         n_partial, begin, full_begin, full_end, end, blocks_at, n_full,
         terms_ptr, n_terms, low, high, n_sinks, n_k, scale_log2,
-        True, TILE_K, BLOCK_K, LISTED, SINKS, TERMS, STEPS, GRAINS, D_HEAD, D, PRECISION, STAGES,
-        TMA,
+        True, TILE_K, BLOCK_K, LISTED, SINKS, RULE, LOOP, D_HEAD, D, PRECISION, STAGES, TMA,
     )
 
     total = tl.where(total == 0, 1.0, total)    # a row that saw no key: out 0, lse -inf (from m)
@@ -204,8 +201,8 @@ def sparse_attention_triton(
     that. Memory: lse, the lists (4 bytes a pair of blocks), and in the backward pass two more of
     the size of lse and, for a window with sinks, 8 * d_head * n_sinks bytes a query head and a part
     of its queries, of 1,024 * ceil(n_sinks / 64) each.
-    A pattern of more than two terms (many global tokens, random blocks) is slow where its blocks
-    are partial: each term near a block is evaluated for every pair of it.
+    A pattern of more than eight terms (many global tokens, random blocks) is slow where its blocks
+    are partial: there the kernel goes through all of them.
     Source: Dao et al. 2022 (FlashAttention), section 3.3, with the loops of FlashAttention-2.
     """
     _check(q, k, v, scale)
@@ -365,7 +362,7 @@ def choose_tiles(kernel: str, d_head: int, dtype: torch.dtype, walk: Walk) -> Ti
         tiles = Tiles(32, 16, 4, 1)     # interpreted: small, so that small examples have several
     else:
         capability = None if torch.version.hip is not None else gpu.capability
-        tiles = tiles_for(kernel, d_head, dtype, capability, rule_is_short=walk.is_window)
+        tiles = tiles_for(kernel, d_head, dtype, capability, walk.rule)
     if not walk.listed:
         return tiles
     return tiles._replace(
@@ -419,9 +416,7 @@ def select_blocks(
         BLOCK_Q=tile_q, BLOCK_K=tile_k, ALWAYS=always is not None, WIDTH=width,
         num_warps=max(1, min(8, width // 128)),
     )  # fmt: skip
-    walk = Walk(
-        terms, grid, 0, 0, 0, False, False, False, False, tile_q, tile_k, n_q, n_k
-    )
+    walk = Walk(terms, grid, 0, 0, 0, False, False, (), tile_q, tile_k, n_q, n_k)
     blocks, n_full, n_live, _ = walk.lists(of_keys=False, fill=-1)
     shape = (*k.shape[:2], n_rows)
     return BlockLists(

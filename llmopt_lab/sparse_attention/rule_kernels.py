@@ -2,7 +2,16 @@
 
 from llmopt_lab.core.device import prepare_triton
 from llmopt_lab.core.launch import jit
-from llmopt_lab.sparse_attention.block_list_kernels import FIELDS, floor_div
+from llmopt_lab.sparse_attention.block_list_kernels import (
+    COLS,
+    FIELDS,
+    GRAIN,
+    HIGH,
+    LOW,
+    ROWS,
+    STEP,
+    floor_div,
+)
 
 prepare_triton()
 
@@ -111,37 +120,47 @@ def from_both_ends(tile, n_tiles, LISTED: tl.constexpr):
 def pairs_seen(
     row, col, top, left,            # tokens: (rows,) and (cols,), and the first of each
     terms_ptr, n_terms, low, high, n_sinks,
-    SINKS: tl.constexpr, TERMS: tl.constexpr, STEPS: tl.constexpr, GRAINS: tl.constexpr,
+    SINKS: tl.constexpr,
+    RULE: tl.constexpr,             # what the terms' bands forbid, as `rule_of` has it
+    LOOP: tl.constexpr,             # whether RULE's one term stands for `n_terms`
     KEYS_FIRST: tl.constexpr,       # whether the result is (cols, rows)
 ):
-    """Whether queries see keys, (rows, cols). TERMS 0: the window [low, high], and sinks with it.
-
-    Otherwise by the table of terms: so many of them, unrolled, or any number (-1).
-    """
+    """Whether queries see keys, (rows, cols). Without a RULE: the window [low, high], and sinks."""
     back = _by_row(row, KEYS_FIRST) - _by_col(col, KEYS_FIRST)
-    if TERMS == 0:
+    if len(RULE) == 0:
         seen = (back >= low) & (back <= high)
         if SINKS:
             seen = seen | (_by_col(col < n_sinks, KEYS_FIRST) & (back >= 0))
     else:
-        seen = back < -(1 << 30)
-        if TERMS > 0:
-            for i in tl.static_range(TERMS):
-                at = terms_ptr + i * FIELDS
-                seen = seen | _term(row, col, back, at, STEPS, GRAINS, KEYS_FIRST)
-        else:
+        seen = tl.full(back.shape, 0, tl.int1)
+        if LOOP:
             for i in range(n_terms):
                 at = terms_ptr + i * FIELDS
-                grain = tl.load(at)
-                near = (
-                    (floor_div(top + row.shape[0] - 1, grain) >= tl.load(at + 4))
-                    & (floor_div(top, grain) < tl.load(at + 5))
-                    & ((left + col.shape[0] - 1) // grain >= tl.load(at + 6))
-                    & (left // grain < tl.load(at + 7))
+                if _is_near(at, top, left, row.shape[0], col.shape[0], GRAIN & RULE[0]):
+                    seen = seen | _term(row, col, back, at, RULE[0], RULE[1], KEYS_FIRST)
+        else:
+            for i in tl.static_range(len(RULE) // 2):
+                at = terms_ptr + i * FIELDS
+                seen = seen | _term(
+                    row, col, back, at, RULE[2 * i], RULE[2 * i + 1], KEYS_FIRST
                 )
-                if near:
-                    seen = seen | _term(row, col, back, at, STEPS, GRAINS, KEYS_FIRST)
     return seen
+
+
+@jit
+def _is_near(
+    at, top, left, n_rows: tl.constexpr, n_cols: tl.constexpr, GRAINS: tl.constexpr,
+):
+    """Whether a term's first band is about some of these rows and some of these columns."""
+    bottom, right = top + n_rows - 1, left + n_cols - 1
+    if GRAINS:                      # divisions would take most of the time
+        grain = tl.load(at)
+        top, bottom = floor_div(top, grain), floor_div(bottom, grain)
+        left, right = left // grain, right // grain
+    return (
+        (bottom >= tl.load(at + 4)) & (top < tl.load(at + 5))
+        & (right >= tl.load(at + 6)) & (left < tl.load(at + 7))
+    )
 
 
 @jit
@@ -164,34 +183,31 @@ def _by_col(x, KEYS_FIRST: tl.constexpr):
 
 @jit
 def _term(
-    row, col, back, at, STEPS: tl.constexpr, GRAINS: tl.constexpr, KEYS_FIRST: tl.constexpr,
+    row, col, back, at, FIRST: tl.constexpr, SECOND: tl.constexpr, KEYS_FIRST: tl.constexpr,
 ):
-    held = _band(row, col, back, at, STEPS, GRAINS, KEYS_FIRST)
-    if GRAINS:                      # only then has a term two bands
-        held = held & _band(row, col, back, at + 8, STEPS, GRAINS, KEYS_FIRST)
-    return held
+    first = _band(row, col, back, at, FIRST, KEYS_FIRST)
+    return first & _band(row, col, back, at + 8, SECOND, KEYS_FIRST)
 
 
 @jit
-def _band(
-    row, col, back, at, STEPS: tl.constexpr, GRAINS: tl.constexpr, KEYS_FIRST: tl.constexpr,
-):
-    """Which of these pairs one band holds."""
-    low, high = tl.load(at + 1), tl.load(at + 2)
-    r, c = row, col
-    if GRAINS:
+def _band(row, col, back, at, KIND: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """Which of these pairs one band holds; what it does not forbid is not computed."""
+    held = tl.full((1, 1), 1, tl.int1)
+    if GRAIN & KIND:
         grain = tl.load(at)
-        r, c = floor_div(row, grain), col // grain
-        back = _by_row(r, KEYS_FIRST) - _by_col(c, KEYS_FIRST)
-    row_ok = (r >= tl.load(at + 4)) & (r < tl.load(at + 5))
-    col_ok = (c >= tl.load(at + 6)) & (c < tl.load(at + 7))
-    held = (back >= low) & (back <= high)
-    if STEPS:
-        # a distance is a multiple of step if both leave the same rest; -1 and -2 equal no rest
+        row, col = floor_div(row, grain), col // grain
+        back = _by_row(row, KEYS_FIRST) - _by_col(col, KEYS_FIRST)
+    if ROWS & KIND:
+        held = held & _by_row((row >= tl.load(at + 4)) & (row < tl.load(at + 5)), KEYS_FIRST)
+    if COLS & KIND:
+        held = held & _by_col((col >= tl.load(at + 6)) & (col < tl.load(at + 7)), KEYS_FIRST)
+    if LOW & KIND:
+        held = held & (back >= tl.load(at + 1))
+    if HIGH & KIND:
+        held = held & (back <= tl.load(at + 2))
+    if STEP & KIND:
+        # a distance is a multiple of step if both leave the same rest
         step = tl.load(at + 3)
-        row_rest = tl.where(row_ok, r - floor_div(r, step) * step, -1)
-        col_rest = tl.where(col_ok, c % step, -2)
+        row_rest, col_rest = row - floor_div(row, step) * step, col % step
         held = held & (_by_row(row_rest, KEYS_FIRST) == _by_col(col_rest, KEYS_FIRST))
-    else:
-        held = held & _by_row(row_ok, KEYS_FIRST) & _by_col(col_ok, KEYS_FIRST)
     return held

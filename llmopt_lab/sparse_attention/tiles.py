@@ -9,6 +9,7 @@ from llmopt_lab.core import attention_kernels
 from llmopt_lab.core.attention_kernels import Tiles, padded, tiles_from
 from llmopt_lab.core.device import prepare_triton
 from llmopt_lab.core.launch import jit, precision_of
+from llmopt_lab.sparse_attention.block_list_kernels import GRAIN, STEP
 
 prepare_triton()
 
@@ -26,18 +27,25 @@ TILES = attention_kernels.TILES | {
     ("backward_queries", 2, 128): Tiles(64, 64, 4, 2),
 }
 
-# most queries and keys of a tile, and warps, where the rule is more than a window
+# where the rule is more than a window
 LONG_RULE = {
-    "forward": (64, 32, 4), "backward_keys": (32, 64, 8), "backward_queries": (64, 32, 4),
+    "forward": Tiles(64, 64, 4, 3),
+    "backward_keys": Tiles(64, 64, 4, 2),
+    "backward_queries": Tiles(64, 64, 4, 2),
 }
+RULE_WITH_DIVISIONS = LONG_RULE | {"forward": Tiles(64, 32, 4, 2)}
 
 
 def tiles_for(
-    kernel: str, d_head: int, dtype: torch.dtype, capability: tuple[int, int] | None, *,
-    rule_is_short: bool = True,
+    kernel: str, d_head: int, dtype: torch.dtype, capability: tuple[int, int] | None,
+    rule: tuple = (),
 ) -> Tiles:
-    """The table's tiles, cut down to what a GPU of that capability (None: AMD) holds."""
-    at_most = None if rule_is_short else LONG_RULE[kernel]
+    """The table's tiles, cut down to what a GPU of that capability (None: AMD) holds.
+
+    `rule` is as `rule_of` has it; () for a window.
+    """
+    divides = any((STEP.value | GRAIN.value) & kind for kind in rule)
+    at_most = (RULE_WITH_DIVISIONS if divides else LONG_RULE)[kernel] if rule else None
     return tiles_from(TILES, kernel, d_head, dtype, capability, at_most=at_most)
 
 

@@ -532,8 +532,8 @@ dropped
 
 # %%
 def dropped_share(experts: Tensor, factor: float) -> float:
-    scores = torch.zeros(len(experts), 8)
-    routing = reference.Routing(experts, torch.ones(experts.shape), scores)
+    scores = torch.zeros(len(experts), 8, device=experts.device)
+    routing = reference.Routing(experts, torch.ones_like(experts, dtype=scores.dtype), scores)
     capacity = reference.capacity_of(len(experts), 8, experts.shape[1], factor)
     return (reference.drop_overflow(routing, capacity).experts < 0).double().mean().item()
 

@@ -729,9 +729,9 @@ q, k, scale = list(layers_inputs(lm.model, text[None]))[5]
 q, k = q[:, 1:2], k[:, 1 // (q.shape[1] // k.shape[1]), None]  # layer 5, head 1, and its KV head
 attention = probabilities(q, k, scale=scale)
 mass = block_mass(attention, 32, 32, 1)[0, 0]
-future = torch.ones(16, 16, dtype=torch.bool).triu(1)
+future = torch.ones(16, 16, dtype=torch.bool, device=q.device).triu(1)
 for name, scores in {
-    "the two nearest": torch.arange(16.0).expand(16, 16),
+    "the two nearest": torch.arange(16.0, device=q.device).expand(16, 16),
     "mean query times mean key": mean_scores(q, k, 32, 32)[0, 0],
     "Quest: an upper bound": quest_scores(q, k, 32, 32)[0, 0],
     "oracle": mass,
