@@ -21,10 +21,11 @@ import aot
 from saved import gradients_of_saved
 
 from llmopt_lab.core.attention_kernels import Tiles
+from llmopt_lab.core.bench import load_results
 from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.errors import BadInput
 from llmopt_lab.sparse_attention import kernels
-from llmopt_lab.sparse_attention.block_list_kernels import numbers_of, rule_of
+from llmopt_lab.sparse_attention.block_list_kernels import kind_of, numbers_of, rule_of
 from llmopt_lab.sparse_attention.block_lists import cover, grids, lists_of
 from llmopt_lab.sparse_attention.cases import Sizes, attention_inputs, attention_oracle
 from llmopt_lab.sparse_attention.kernels import select_blocks, sparse_attention_triton, walk_of
@@ -471,6 +472,47 @@ def test_bfloat16_is_refused_by_the_interpreter():
         sparse_attention_triton(*inputs(ONE, dtype=torch.bfloat16), Causal())
 
 
+def test_a_kernel_is_compiled_for_what_the_terms_forbid_and_not_for_their_numbers():
+    def rule(pattern):
+        return rule_of(numbers_of(pattern.terms()))
+
+    both_ends, low, step, rows, columns, nothing = 3, 1, 4, 8, 16, 0
+    wanted = (both_ends, nothing, rows, nothing, columns, nothing)
+    assert rule(longformer(512, (0,))) == rule(longformer(8, (3,))) == wanted
+    strided = rule(sparse_transformer(128))
+    assert strided == (both_ends, nothing, low | step, nothing)
+    many = rule(longformer(512, (0, 2, 4, 6)))  # nine terms
+    assert many == (both_ends | rows | columns, nothing)
+    assert [kind_of(x) for x in ((), many, strided)] == ["window", "terms", "terms that divide"]
+
+
+# --- as recorded
+
+
+def test_the_recorded_h200_results_meet_what_the_chapter_asks():
+    (recorded,) = load_results("sparse_attention")
+    cases = {case["title"]: [row["results"] for row in case["rows"]] for case in recorded["cases"]}
+
+    def times_as_long(peer: str, results: dict) -> float:
+        return results[peer]["median_ms"] / results["ours"]["median_ms"]
+
+    window = cases["window, forward"][0]
+    assert times_as_long("flex_attention", window) >= 1.15
+    assert times_as_long("FlashAttention-3", window) >= 1 / 1.5
+    backward = cases["window, backward"] + cases["random live blocks of 128, backward"]
+    assert len(backward) == 3
+    assert all(times_as_long("flex_attention", results) >= 1 for results in backward)
+    (tenth,) = cases["random live blocks of 128, forward"]
+    (dense,) = cases["dense, by the same kernel"]
+    assert tenth["ours"]["tflop_s"] >= 0.6 * dense["ours"]["tflop_s"]
+    for lists, of in {
+        "lists of the Sparse Transformer": "Sparse Transformer, stride 128",
+        "lists of BigBird": "BigBird, blocks of 128",
+    }.items():
+        made, (used,) = cases[lists][0], cases[of]
+        assert made["ours"]["median_ms"] < 0.05 * used["ours"]["median_ms"]
+
+
 # --- compiled for GPUs that are not here
 
 ROOM = "llmopt_lab.sparse_attention"
@@ -511,7 +553,7 @@ RULES = {
 def kernel_spec(target: str, kernel: str, dtype: str, d_head: int, rule: str) -> dict:
     constants = RULES[rule]
     tiles = tiles_for(
-        kernel, d_head, DTYPES[dtype], CAPABILITIES[target], constants["RULE"]
+        kernel, d_head, DTYPES[dtype], CAPABILITIES[target], kind_of(constants["RULE"])
     )
     strides = [f"{x}_{n}" for x in TENSORS[kernel] for n in ("batch", "head")]
     rows = [f"{x}_row" for x in TENSORS[kernel]]
@@ -520,6 +562,7 @@ def kernel_spec(target: str, kernel: str, dtype: str, d_head: int, rule: str) ->
     has_tf32 = CAPABILITIES[target] is not None and CAPABILITIES[target] >= (8, 0)
     return {
         "kernel": f"{ROOM}.{PLACES[kernel]}",
+        "rule": rule,
         "target": target,
         "signature": {f"{x}_ptr": f"*{dtype}" for x in TENSORS[kernel]}
         | dict.fromkeys(["lse_ptr", "d_lse_ptr", "lse2_ptr", "delta_ptr"], "*fp32")
@@ -584,14 +627,21 @@ def specs_of(target: str) -> list[dict]:
         specs += [kernel_spec(target, "backward_keys", half, d, "window") for d in (64, 128)]
         specs += [sinks_spec(target, half, d, n) for d, n in ((64, 4), (64, 64), (128, 64))]
         specs += [kernel_spec(target, "forward", "fp32", 64, "window and sinks")]
+        specs += [kernel_spec(target, "forward", half, d, "longformer") for d in (64, 256)]
     return specs
 
 
 # bytes a thread, at most. On an H200, before these kernels read padded rows, the best tiles of keys
-# that do not spill ran at 0.91 to 1.02 of the speed (width 128) and at 0.85 (width 64)
+# that do not spill ran at 0.91 to 1.02 of the speed (width 128) and at 0.85 (width 64). With more
+# rules than a window, 8 warps do not spill, and a backward pass took 1.05 to 1.42 times as long.
 SPILLS = {
-    ("backward_keys_kernel", 64): 104, ("backward_keys_kernel", 128): 108,
-    ("sink_parts_kernel", 64): 48, ("sink_parts_kernel", 128): 48,
+    ("backward_keys_kernel", 64, "window"): 104, ("backward_keys_kernel", 128, "window"): 108,
+    ("sink_parts_kernel", 64, "window"): 48, ("sink_parts_kernel", 128, "window"): 48,
+    ("backward_keys_kernel", 128, "longformer"): 44,
+    ("backward_keys_kernel", 128, "two terms with steps"): 56,
+    ("backward_keys_kernel", 128, "terms of blocks"): 148,
+    ("backward_keys_kernel", 128, "many terms of blocks"): 588,
+    ("backward_queries_kernel", 128, "many terms of blocks"): 52,
 }  # fmt: skip
 
 
@@ -603,7 +653,8 @@ def test_kernels_compile_and_fit_the_chip(target):
         assert facts["shared"] <= aot.TARGETS[target][3], f"{what}: shared memory {facts['shared']}"
         if target == "sm_90":
             name, d = spec["kernel"].split(":")[1], spec["constexprs"].get("D")
-            allowed = 0 if spec["constexprs"].get("RULE") else SPILLS.get((name, d), 0)
+            rule = spec["rule"] if spec["constexprs"].get("RULE") else "window"
+            allowed = SPILLS.get((name, d, rule), 0)
             assert facts["spills"] <= allowed, f"{what} spills {facts['spills']} bytes"
 
 

@@ -287,6 +287,12 @@ def rule_of(numbers: list[int]) -> tuple[int, ...]:
     return tuple(kinds)
 
 
+def kind_of(rule: tuple[int, ...]) -> str:
+    """What tiles depend on: "window", "terms", or "terms that divide" (of steps or of blocks)."""
+    divides = any((STEP.value | GRAIN.value) & kind for kind in rule)
+    return "terms that divide" if divides else "terms" if rule else "window"
+
+
 def _is_whole(numbers: list[int], block_q: int, block_k: int) -> bool:
     """Whether every band holds all of a block of the lists or nothing of it."""
     bands = [tuple(numbers[i : i + 8]) for i in range(0, len(numbers), 8)]

@@ -41,6 +41,7 @@ from llmopt_lab.sparse_attention.backward_kernels import (
 from llmopt_lab.sparse_attention.block_list_kernels import (
     Walk,
     grid_of,
+    kind_of,
     numbers_of,
     select_kernel,
     table_of,
@@ -362,7 +363,7 @@ def choose_tiles(kernel: str, d_head: int, dtype: torch.dtype, walk: Walk) -> Ti
         tiles = Tiles(32, 16, 4, 1)     # interpreted: small, so that small examples have several
     else:
         capability = None if torch.version.hip is not None else gpu.capability
-        tiles = tiles_for(kernel, d_head, dtype, capability, walk.rule)
+        tiles = tiles_for(kernel, d_head, dtype, capability, kind_of(walk.rule))
     if not walk.listed:
         return tiles
     return tiles._replace(

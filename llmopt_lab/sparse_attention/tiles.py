@@ -9,7 +9,6 @@ from llmopt_lab.core import attention_kernels
 from llmopt_lab.core.attention_kernels import Tiles, padded, tiles_from
 from llmopt_lab.core.device import prepare_triton
 from llmopt_lab.core.launch import jit, precision_of
-from llmopt_lab.sparse_attention.block_list_kernels import GRAIN, STEP
 
 prepare_triton()
 
@@ -27,25 +26,32 @@ TILES = attention_kernels.TILES | {
     ("backward_queries", 2, 128): Tiles(64, 64, 4, 2),
 }
 
-# where the rule is more than a window
+# at most, where the rule is more than a window: it needs registers of its own
 LONG_RULE = {
-    "forward": Tiles(64, 64, 4, 3),
-    "backward_keys": Tiles(64, 64, 4, 2),
-    "backward_queries": Tiles(64, 64, 4, 2),
+    ("forward", 64): Tiles(64, 64, 4, 2),
+    ("forward", 128): Tiles(64, 64, 4, 3),
+    ("forward", 256): Tiles(64, 32, 4, 2),
+    ("backward_keys", 64): Tiles(64, 64, 4, 2),
+    ("backward_keys", 128): Tiles(64, 64, 4, 2),
+    ("backward_keys", 256): Tiles(32, 32, 4, 2),
+    ("backward_queries", 64): Tiles(64, 64, 4, 2),
+    ("backward_queries", 128): Tiles(64, 64, 4, 2),
+    ("backward_queries", 256): Tiles(64, 64, 8, 2),
 }
-RULE_WITH_DIVISIONS = LONG_RULE | {"forward": Tiles(64, 32, 4, 2)}
+FORWARD_THAT_DIVIDES = Tiles(64, 32, 4, 2)
 
 
 def tiles_for(
     kernel: str, d_head: int, dtype: torch.dtype, capability: tuple[int, int] | None,
-    rule: tuple = (),
+    rule: str = "window",
 ) -> Tiles:
     """The table's tiles, cut down to what a GPU of that capability (None: AMD) holds.
 
-    `rule` is as `rule_of` has it; () for a window.
+    `rule`: inside a block, as `kind_of` has it: "window", "terms", or "terms that divide".
     """
-    divides = any((STEP.value | GRAIN.value) & kind for kind in rule)
-    at_most = (RULE_WITH_DIVISIONS if divides else LONG_RULE)[kernel] if rule else None
+    at_most = None if rule == "window" else LONG_RULE[kernel, max(padded(d_head), 64)]
+    if rule == "terms that divide" and kernel == "forward":
+        at_most = FORWARD_THAT_DIVIDES
     return tiles_from(TILES, kernel, d_head, dtype, capability, at_most=at_most)
 
 

@@ -664,10 +664,11 @@ for case in h200["cases"]:
 # - The plain loop is good enough for one thing: thousands of tokens and few experts, where it takes 1.13 times as
 #   long. With 128 experts and few tokens it takes 82 to 211 times as long: the host waits for the device at each expert.
 #
-# Why is one token of Qwen3 so far from the floor? Its eight experts are 76 MB, and the H200 reads these in 17 µs. The
-# layer takes 33 µs, in three kernels, each of which needs the one before: the logits; gate and up of the experts that
-# these choose; the projection. As five kernels, the way that more than four tokens go, it took 39 µs. Here are those
-# five by the profiler (commit 73af772f), the wait for the kernel before included:
+# Why is one token of Qwen3 so far from the floor? Its eight experts are 76 MB, and the H200 reads these in 17 µs: 50 MB
+# of gate and up in 12, 25 MB of the projection in 6. The layer takes 33 µs, in three kernels, each of which needs the
+# one before: the logits; gate and up of the experts that these choose; the projection. As five kernels, the way that
+# more than four tokens go, it took 39 µs (commit 73af772f). Here are the three by the profiler, the wait for the kernel
+# before included:
 
 # %% tags=["nbval-ignore-output"]
 import json
@@ -679,9 +680,9 @@ for kernel, us in measured["decode_kernels"]["us"].items():
     print(f"{kernel.strip('_').removesuffix('_kernel'):9}{us:6.1f} µs")
 
 # %% [markdown]
-# The router is less than 1 % of the bytes and takes a quarter of the time: before it has chosen, no expert can be read.
-# And while kernels begin and end, memory is not busy. At 16 tokens 86 of the experts are read, and all of this
-# is an eighth of the time.
+# The logits are less than 1 % of the bytes and take a tenth of the time: before they are there, no expert can be chosen
+# and none be read. And while kernels begin and end, memory is not busy. At 16 tokens 86 of the experts are read, and all
+# of this is an eighth of the time.
 #
 # **Training.** The backward pass has twice the products of the forward pass. Does the layer that wins forward win with
 # it, too? From the same machine, at the shapes of *prefill*, beside the layer on `torch._grouped_mm`, not compiled,
@@ -697,8 +698,8 @@ for row in measured["training"]["rows"]:
     print(f"{model:8} the gradients differ by at most {differ:.1%} of their norm, as bf16 rounds")
 
 # %% [markdown]
-# At Qwen3's shape it wins, 1.65 times. At Mixtral's **it loses**: 0.86, although its forward pass is faster. The
-# backward kernels are where a few large experts cost us time: 13.9 ms, and 10.5 on `torch._grouped_mm`.
+# At Qwen3's shape it wins, 1.65 times. At Mixtral's **it loses**: 0.88, although its forward pass is faster. The
+# backward kernels are where a few large experts cost us time: 14.1 ms, and 10.9 on `torch._grouped_mm`.
 #
 # The whole table of the benchmark, with its spread and the peer that was left out:
 

@@ -918,13 +918,16 @@ for case in h200["cases"]:
 
 # %% [markdown]
 # Wins and losses:
-# - A window of 1,024 forward: flex_attention takes 1.41 times as long, FlashAttention-3 0.91 times. We do not reach
-#   FlashAttention-3 at any window.
-# - **We lose to flex_attention** with Longformer (0.41: two global tokens make five terms, and our kernel evaluates each
-#   term for every pair of a partial block), in the backward pass of a window (0.95), of a window with sinks
-#   (0.80), and of random blocks (0.80).
-# - Making lists takes 8 to 49 µs. flex_attention's `create_block_mask`, which is not compiled here, takes 125 to 7,600
-#   times as long. A window needs no list.
+# - **We lose to FlashAttention-3** at every window: it takes 0.90 to 0.91 times as long.
+# - flex_attention takes 1.06 times (width 64) to 1.38 times as long for a window forward; backward 1.12 times, 1.61
+#   times with sinks, and 1.02 times for random blocks, which is level.
+# - With Longformer it takes 1.63 times as long, with the Sparse Transformer 1.62 times. flex_attention compiles your rule.
+#   Ours is compiled for *what the terms of a pattern forbid*: Longformer's are one band of diagonals, two bands of
+#   rows and two of columns. A kernel that made all comparisons for every term, and had registers for smaller tiles only,
+#   took 4.0 times as long (commit ab158fb2) and lost. More than eight terms, as of four scattered global tokens, our
+#   kernel still goes through one by one.
+# - Making lists takes 5 to 10 µs, at most 2 % of the forward pass. flex_attention's `create_block_mask`, which is not
+#   compiled here, takes 470 to 11,500 times as long. A window needs no list.
 #
 # The whole table, with its spread and the peers that are absent:
 
@@ -971,8 +974,8 @@ for name, (pairs, row) in entries.items():
 
 # %% [markdown]
 # The Sparse Transformer has 43 times fewer pairs and is *slower* than dense: all of its blocks are live, and partial.
-# Longformer with two global tokens is slower too, by our kernel; flex_attention takes 1.33 ms for it, 1.4 times as fast
-# as our dense. A pattern without blocks in mind is a loss on a GPU.
+# Longformer has 8.1 times fewer pairs and takes 2.4 times less time. A pattern without blocks in mind gains little on a GPU,
+# or loses.
 #
 # **In a whole model.** Attention is a part of the work. Does a window pay? A prefill computes: weights and pairs. A
 # decode step reads: the weights once for the batch, and every sequence's keys and values. Llama-3-8B in bf16, by
