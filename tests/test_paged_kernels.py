@@ -18,6 +18,7 @@ import aot
 
 from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.errors import BadInput
+from llmopt_lab.core.launch import merge_warps
 from llmopt_lab.paged_attention import kernels
 from llmopt_lab.paged_attention.cases import decode_inputs, decode_oracle
 from llmopt_lab.paged_attention.kernels import (
@@ -27,7 +28,6 @@ from llmopt_lab.paged_attention.kernels import (
     Plan,
     choose_plan,
     choose_span,
-    merge_warps,
     paged_attention_decode,
     write_kv,
 )

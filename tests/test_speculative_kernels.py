@@ -21,6 +21,7 @@ import triton.language as tl
 from llmopt_lab.core.bench import load_results
 from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.errors import BadInput
+from llmopt_lab.core.launch import merge_warps
 from llmopt_lab.speculative_decoding import kernels
 from llmopt_lab.speculative_decoding.cases import sampler_inputs, tree_masks, verify_inputs
 from llmopt_lab.speculative_decoding.kernels import (
@@ -29,7 +30,6 @@ from llmopt_lab.speculative_decoding.kernels import (
     choose_chunk,
     choose_plan,
     choose_span,
-    merge_warps,
     pack_tree,
     rejection_sample,
     verify_attention,

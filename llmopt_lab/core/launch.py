@@ -50,6 +50,11 @@ def shared_bytes(capability: tuple[int, int] | None) -> int:
     return 163 << 10 if capability in ((8, 0), (8, 7)) else 99 << 10
 
 
+def merge_warps(splits: int, d_head: int) -> int:
+    """Enough warps to hold (splits, d_head) partial results in registers, 64 a thread."""
+    return max(1, min(8, splits * d_head // 2048))
+
+
 def check_dtype(dtype: torch.dtype, like: Tensor) -> None:
     """Refuse a dtype, or a place of its tensor `like`, that no kernel computes on."""
     require(

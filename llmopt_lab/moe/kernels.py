@@ -422,21 +422,14 @@ def _project(rows, w, routed: Routed, sizes: Sizes, *, transposed: bool) -> Tens
     splits = splits_for(n_row_tiles * n_col_tiles, n_in) if not transposed else 1
     dtype = rows.dtype if splits == 1 else torch.float32
     parts = rows.new_empty((splits, sizes.n_visits, sizes.d), dtype=dtype)
-    _project_into(parts, rows, w, routed, sizes, tiles, transposed=transposed)
-    return _combine(parts, sizes, rows.dtype)
-
-
-def _project_into(parts, rows, w, routed: Routed, sizes: Sizes, tiles, *, transposed: bool) -> None:
-    n_row_tiles, (splits, _, d) = sizes.n_row_tiles(rows.dtype), parts.shape
-    n_in = rows.shape[1]
-    n_col_tiles = ceil_div(d, tiles.cols)
     block = (tiles.cols, tiles.step) if transposed else (tiles.step, tiles.cols)
     (a, b), options = operands_of(tiles, (rows, tiles.rows, tiles.step), (w, *block))
     _project_kernel[(n_row_tiles * n_col_tiles * splits,)](
         a, b, routed.weights, parts, *routed.tiles(), n_row_tiles, sizes.n_visits,
-        N_IN=n_in, N_OUT=d, TRANSPOSED=transposed, WEIGHTED=not transposed, SPLITS=splits,
+        N_IN=n_in, N_OUT=sizes.d, TRANSPOSED=transposed, WEIGHTED=not transposed, SPLITS=splits,
         **options, **dependent_launch(rows.device),
     )  # fmt: skip
+    return _combine(parts, sizes, rows.dtype)
 
 
 def _combine(parts: Tensor, sizes: Sizes, dtype: torch.dtype) -> Tensor:

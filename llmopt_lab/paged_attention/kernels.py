@@ -12,7 +12,12 @@ from torch import Tensor
 
 from llmopt_lab.core.device import gpu_facts, prepare_triton
 from llmopt_lab.core.errors import require
-from llmopt_lab.core.launch import check_dtype, check_last_dimension, dependent_launch
+from llmopt_lab.core.launch import (
+    check_dtype,
+    check_last_dimension,
+    dependent_launch,
+    merge_warps,
+)
 from llmopt_lab.core.memory import ceil_div
 
 prepare_triton()
@@ -203,11 +208,6 @@ def paged_attention_decode(
             num_warps=merge_warps(splits, d_head), **launch,
         )  # fmt: skip
     return out
-
-
-def merge_warps(splits: int, d_head: int) -> int:
-    """Enough warps to hold (splits, d_head) floats in registers, 64 a thread."""
-    return max(1, min(8, splits * d_head // 2048))
 
 
 class Plan(NamedTuple):

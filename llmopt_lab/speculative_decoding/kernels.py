@@ -12,7 +12,13 @@ from torch import Tensor
 
 from llmopt_lab.core.device import gpu_facts, prepare_triton
 from llmopt_lab.core.errors import require
-from llmopt_lab.core.launch import check_dtype, check_last_dimension, dependent_launch, jit
+from llmopt_lab.core.launch import (
+    check_dtype,
+    check_last_dimension,
+    dependent_launch,
+    jit,
+    merge_warps,
+)
 from llmopt_lab.core.memory import ceil_div
 
 prepare_triton()
@@ -289,11 +295,6 @@ def choose_span(n_programs: int, capacity: int, tile: int, per_sm: int) -> int:
     span = min(ceil_div(capacity, n_splits), MAX_SPAN)
     span = max(span, ceil_div(capacity, MAX_SPLITS), 1)
     return ceil_div(span, tile) * tile
-
-
-def merge_warps(splits: int, d_head: int) -> int:
-    """Enough warps to hold (splits, d_head) floats in registers, 64 a thread."""
-    return max(1, min(8, splits * d_head // 2048))
 
 
 # The rejection sampler
