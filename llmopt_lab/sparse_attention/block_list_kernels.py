@@ -198,9 +198,8 @@ class Walk(NamedTuple):
     low: int                # the window: low <= query - key <= high
     high: int
     n_sinks: int            # no more than there are keys
-    is_window: bool         # inside blocks the rule is that window and those sinks, nothing else
     from_terms: bool        # whether the lists come from the terms: no window, no chosen blocks
-    rule: tuple             # as `rule_of` has it; () for a window
+    rule: tuple             # inside blocks, as `rule_of` has it; (): that window and those sinks
     block_q: int
     block_k: int
     n_q: int
@@ -240,7 +239,7 @@ class Walk(NamedTuple):
         blocks, n_full, n_live, list_head = lists or (self.terms, self.terms, self.terms, 0)
         n_terms = len(self.terms)
         constants = {
-            "LISTED": self.listed, "SINKS": self.is_window and self.n_sinks > 0,
+            "LISTED": self.listed, "SINKS": self.n_sinks > 0,
             "RULE": self.rule, "LOOP": bool(self.rule) and n_terms > MOST_UNROLLED,
             "BLOCK_Q": self.block_q, "BLOCK_K": self.block_k,
         }  # fmt: skip
@@ -264,8 +263,8 @@ def walk_from(
         window = -FAR, FAR, 0       # only the end of the text makes a block partial
     low, high, n_sinks = window or (0, 0, 0)
     return Walk(
-        table_of(tuple(terms), q.device), grid, low, high, min(n_sinks, n_k), window is not None,
-        from_terms, rule_of(terms) if window is None else (), block_q, block_k, n_q, n_k,
+        table_of(tuple(terms), q.device), grid, low, high, min(n_sinks, n_k), from_terms,
+        rule_of(terms) if window is None else (), block_q, block_k, n_q, n_k,
     )  # fmt: skip
 
 

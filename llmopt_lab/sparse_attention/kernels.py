@@ -273,7 +273,7 @@ def _forward(q, k, v, walk: Walk, scale: float) -> tuple[Tensor, Tensor]:
     """out and lse, by the Hopper kernel where it can run."""
     out = empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    if walk.is_window and hopper.supports(q, k, v, out, walk):
+    if not walk.rule and hopper.supports(q, k, v, out, walk):
         lists = walk.lists(of_keys=False) if walk.listed else None
         hopper.forward(q, k, v, out, lse, walk=walk, lists=lists, scale=scale)
     else:
@@ -417,7 +417,7 @@ def select_blocks(
         BLOCK_Q=tile_q, BLOCK_K=tile_k, ALWAYS=always is not None, WIDTH=width,
         num_warps=max(1, min(8, width // 128)),
     )  # fmt: skip
-    walk = Walk(terms, grid, 0, 0, 0, False, False, (), tile_q, tile_k, n_q, n_k)
+    walk = Walk(terms, grid, 0, 0, 0, False, (), tile_q, tile_k, n_q, n_k)
     blocks, n_full, n_live, _ = walk.lists(of_keys=False, fill=-1)
     shape = (*k.shape[:2], n_rows)
     return BlockLists(
