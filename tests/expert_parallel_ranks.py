@@ -83,11 +83,21 @@ def main(rank: int, n_ranks: int, folder: Path) -> None:
         results[name] = run(rank % len(counts), counts, n_experts, k, group)
 
     counts = (2, 2, 2, 2)
-    mine = share_of(rank, counts, whole_layer(8, 4))
-    # every token prefers the experts 0 and 1 of rank 0
+    mine = share_of(rank, counts, whole_layer(8, 8))
+    # every token prefers the experts 0 and 1, which rank 0 holds
     with torch.no_grad():
-        mine[0][:, 0], mine[1][0] = 1.0, torch.tensor([99.0, 98, 0, 0])
-    results["one-sided"] = expert_parallel_layer(*mine, k=2).detach(), [t.detach() for t in mine]
+        mine[0][:, 0], mine[1][0] = 1.0, torch.tensor([99.0, 98, 0, 0, 0, 0, 0, 0])
+    out = expert_parallel_layer(*mine, k=2)
+    grads = torch.autograd.grad(out.sum(), mine, materialize_grads=True)
+    results["one-sided"] = out.detach(), [t.detach() for t in mine], grads
+
+    # every logit is 97,200: too large for float16, not for the router
+    half = [t.detach().half() for t in mine]
+    half[0][:], half[1][:] = 90.0, 90.0
+    half[2] /= 100
+    results["large logits"] = expert_parallel_layer(*half, k=2), half
+    endless = [torch.full_like(half[0], torch.inf) if rank == 3 else half[0], *half[1:]]
+    results["endless logits"] = refused(lambda: expert_parallel_layer(*endless, k=2))
 
     cut = [mine[0][:, :-1] if rank == 1 else mine[0], *mine[1:]]
     results["bad input"] = refused(lambda: expert_parallel_layer(*cut, k=2))

@@ -235,6 +235,22 @@ def test_a_gpu_timing_is_close_to_what_the_bandwidth_allows():
 
 
 @pytest.mark.gpu
+def test_on_a_gpu_launches_do_not_count_where_no_graph_can_be_captured():
+    device = torch.device("cuda")
+    x = torch.ones(1 << 26, device=device)
+
+    def call():
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("never in a graph")
+        time.sleep(2e-4)  # the host's part, longer than the GPU's
+        return x.sum()
+
+    one, other = (bench.time_calls([f] * 4, device) for f in (call, x.sum))
+    assert (one.how, other.how) == ("stream", "graph")
+    assert one.median_ms < 1.5 * other.median_ms
+
+
+@pytest.mark.gpu
 def test_on_a_gpu_a_slow_contender_visits_fewer_input_sets_and_a_fast_one_all():
     device = torch.device("cuda")
     x = torch.ones(5, device=device)

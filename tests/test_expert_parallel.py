@@ -10,8 +10,9 @@ import pytest
 import torch
 from expert_parallel_ranks import DEAD_S, LATE_S, SCENARIOS, D, whole_layer
 
+from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.errors import BadInput
-from llmopt_lab.moe import expert_parallel
+from llmopt_lab.moe import expert_parallel, moe_layer
 from llmopt_lab.moe.expert_parallel import experts_of
 
 N_RANKS = 4
@@ -54,6 +55,12 @@ def dense(x, router, w_gate_up, w_down, k):
     return out
 
 
+def whole(layers):
+    """The arguments of `moe_layer` from what each rank was given."""
+    x, router, w_gate_up, w_down = zip(*layers, strict=True)
+    return torch.cat(x), router[0], torch.cat(w_gate_up), torch.cat(w_down)
+
+
 def assert_equal(got, want, what):
     """Within 1e-12, which issue and docstring promise: tighter than the table of tolerances."""
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12, msg=lambda text: f"{what}: {text}")
@@ -76,10 +83,28 @@ def test_results_and_gradients_equal_one_processs_dense_loop(ranks, name):
 
 
 def test_all_tokens_may_visit_one_rank(ranks):
-    weights = zip(*(rank["one-sided"][1] for rank in ranks), strict=True)
-    x, router, w_gate_up, w_down = weights
-    want = dense(torch.cat(x), router[0], torch.cat(w_gate_up), torch.cat(w_down), 2)
-    assert_equal(torch.cat([rank["one-sided"][0] for rank in ranks]), want, "out")
+    outs, layers, grads = zip(*(rank["one-sided"] for rank in ranks), strict=True)
+    x, router, w_gate_up, w_down = whole(layers)
+    visited = (x @ router).topk(2).indices.unique().tolist()
+    assert visited == list(experts_of(0, N_RANKS, 8)) == [0, 1]
+    want = dense(x, router, w_gate_up, w_down, 2)
+    assert_equal(torch.cat(outs), want, "out")
+    for rank, (_, _, d_gate_up, d_down) in enumerate(grads):
+        assert bool(d_gate_up.any()) == bool(d_down.any()) == (rank == 0)
+
+
+def test_half_precision_logits_are_float32_as_in_one_process(ranks):
+    outs, layers = zip(*(rank["large logits"] for rank in ranks), strict=True)
+    layer = whole(layers)
+    assert (layer[0] @ layer[1]).isinf().all()
+    assert_close(torch.cat(outs), moe_layer(*layer, k=2))
+
+
+def test_a_logit_that_is_infinite_is_refused_by_all(ranks):
+    kinds, texts, _ = zip(*(rank["endless logits"] for rank in ranks), strict=True)
+    assert kinds == ("BadInput",) * N_RANKS
+    assert "a router logit is NaN or infinite" in texts[3]
+    assert all("rank 3 was given bad input" in text for text in texts[:3])
 
 
 def test_bad_input_of_one_rank_is_refused_by_all_and_nothing_is_left_hanging(ranks):
@@ -89,7 +114,7 @@ def test_bad_input_of_one_rank_is_refused_by_all_and_nothing_is_left_hanging(ran
     assert all("rank 1 was given bad input" in texts[r] for r in (0, 2, 3))
     kinds, texts, _ = zip(*(rank["other k"] for rank in ranks), strict=True)
     assert kinds == ("BadInput",) * N_RANKS
-    assert "must be the same on all ranks; here [12, 4, 2], on rank 2 [12, 4, 1]" in texts[0]
+    assert "must be the same on all ranks; here [12, 8, 2], on rank 2 [12, 8, 1]" in texts[0]
     assert [rank["after"][0] for rank in ranks] == ["nothing"] * N_RANKS
 
 
@@ -123,6 +148,20 @@ def test_torchrun_starts_it_as_the_notebook_does(tmp_path):
     away = sum(r["sent_to"][1 - r["rank"]] for r in written["ranks"])
     assert f"{away:,} of 1,200 visits go to another rank" in result.stdout
     assert not result.stderr.replace("*", "").strip(), result.stderr
+
+
+def test_the_recorded_run_on_two_gpus_equals_one_process_bit_for_bit():
+    """Lesson 3 prints it beside its own two processes."""
+    path = Path(expert_parallel.__file__).parent / "results/expert_parallel.json"
+    recorded = json.loads(path.read_text())
+    assert recorded["backend"] == "nccl"
+    assert len(recorded["hardware"]) == 2
+    assert [run["dtype"] for run in recorded["runs"]] == ["float64", "float32", "bfloat16"]
+    for run in recorded["runs"]:
+        assert [r["device"] for r in run["ranks"]] == ["cuda:0", "cuda:1"]
+        assert all(sum(r["sent_to"]) == 2 * r["n_tokens"] for r in run["ranks"])
+        assert sum(r["n_tokens"] for r in run["ranks"]) == recorded["sizes"]["n_tokens"]
+        assert [r["max_difference"] for r in run["ranks"]] == [0, 0], run["dtype"]
 
 
 def test_without_torchrun_it_says_how_to_start_it(monkeypatch):

@@ -21,6 +21,7 @@ COUNTS = dict.fromkeys(
     ("n_row_tiles", "n_visits", "n_tokens", "n_token_tiles", "n_parts",
      "n_arrived"), "i32"
 )  # fmt: skip
+PRODUCTS = ("gate_up", "project", "hidden_gradient", "weight_gradient")
 PREFILL, DECODE = Sizes(4096, 4096, 8, 14336, 2), Sizes(8, 2048, 128, 768, 8)
 FEW = DECODE._replace(n_tokens=4)
 MIDDLE = PREFILL._replace(n_tokens=64)  # row tiles that an expert does not fill
@@ -37,7 +38,7 @@ def spec(
 ) -> dict:
     """One kernel as its launcher calls it on that GPU."""
     capability = CAPABILITIES[target]
-    by_table = "route" if module is route_kernels else kernel
+    by_table = kernel if kernel in PRODUCTS else "route"
     tiles = tiles_for(by_table, sizes, DTYPES[dtype], capability)
     on_hopper = capability is not None and capability >= (9, 0)
     few = sizes.n_tokens <= tiles.rows if by_table == "route" else sizes.n_tokens <= 64
@@ -53,17 +54,17 @@ def spec(
     signature = {
         "w": tensor(1, cols, step) if turned else tensor(1, step, cols),
         "rows": tensor(rows, step),
-        "parts_ptr": "*fp32" if few or by_table == "route" else f"*{dtype}",
+        "parts_ptr": "*fp32" if few or module is route_kernels else f"*{dtype}",
     }
     signature |= dict.fromkeys(
         ("x_ptr", "out_ptr", "router_ptr", "hidden_ptr", "gate_up_ptr", "d_out_ptr",
-         "d_gate_up_ptr", "weighted_ptr", "a_ptr", "b_ptr", "d_w_ptr"), f"*{dtype}"
+         "d_gate_up_ptr", "weighted_ptr", "a_ptr", "b_ptr", "d_w_ptr", "d_logits_ptr"), f"*{dtype}"
     )  # fmt: skip
     signature |= dict.fromkeys(
         ("weights_ptr", "probabilities_ptr", "d_weights_ptr", "logits_ptr"), "*fp32"
     )
     signature |= dict.fromkeys(
-        ("experts_ptr", "rank_ptr", "tile_counts_ptr", "arrived_ptr"), "*i32"
+        ("experts_ptr", "rank_ptr", "tile_counts_ptr", "begin_ptr", "arrived_ptr"), "*i32"
     )
     constexprs = {
         "D": d, "N_EXPERTS": n_experts, "E": e, "K": k, "K_PADDED": 1 << (k - 1).bit_length(),
@@ -76,12 +77,21 @@ def spec(
         "LENGTH": 256, "LOGIT_ROWS": 16, "TOKENS": 4, "ARRIVED": 64,
         "PRECISION": "tf32x3" if dtype == "fp32" and on_hopper else "ieee",
     }  # fmt: skip
+    n_warps = tiles.n_warps
+    if kernel == "combine":
+        constexprs["TILE_D"], n_warps = min(1024, 1 << (d - 1).bit_length()), 4
+    elif kernel == "logit_gradient":
+        constexprs["TILE_TOKENS"], n_warps = max(1, 4096 // e), 4
+    elif kernel == "scan":
+        constexprs["TILE"], n_warps = route_kernels.SCAN // e, 8
+    elif kernel == "place":
+        constexprs["TILE"], n_warps = 256, 4
     return {
         "kernel": f"{module.__name__}:_{kernel}_kernel",
         "target": target,
         "signature": _named(module, kernel, signature | GROUPS | COUNTS),
         "constexprs": _named(module, kernel, constexprs),
-        "options": {"num_warps": tiles.n_warps},
+        "options": {"num_warps": n_warps},
     }
 
 
@@ -92,16 +102,24 @@ def _named(module, kernel: str, values: dict) -> dict:
 
 
 def specs_of(target: str) -> list[dict]:
-    """Forward and backward for few tokens in fp16; on Hopper also for many, in bf16 and fp32."""
-    names = ("gate_up", "project", "hidden_gradient", "weight_gradient")
-    specs = [spec(target, "fp16", name, DECODE) for name in names]
+    """Forward and backward, every kernel: few tokens in fp16, many in bf16 where it is there.
+
+    On Hopper also in between, and in fp32.
+    """
+    many = "fp16" if target == "sm_75" else "bf16"
+    specs = [spec(target, "fp16", name, DECODE) for name in PRODUCTS]
+    specs += [spec(target, many, name, PREFILL) for name in PRODUCTS]
+    for name in ("combine", "logit_gradient"):
+        specs += [spec(target, "fp16", name, DECODE), spec(target, many, name, PREFILL)]
+    specs.append(spec(target, many, "logit_gradient", PREFILL._replace(k=1)))
     for name in ("logits", "route"):
         specs.append(spec(target, "fp16", name, DECODE, module=route_kernels))
+    for name in ("route", "scan", "place"):
+        specs.append(spec(target, many, name, PREFILL, module=route_kernels))
     for name in ("gate_up", "project"):
         specs.append(spec(target, "fp16", name, FEW, module=few_token_kernels))
     if target == "sm_90":
-        specs += [spec(target, "bf16", name, size) for name in names for size in (PREFILL, MIDDLE)]
-        specs += [spec(target, "bf16", "route", PREFILL, module=route_kernels)]
+        specs += [spec(target, "bf16", name, MIDDLE) for name in PRODUCTS]
         specs += [spec(target, "bf16", "project", PREFILL, transposed=True)]
         specs += [spec(target, "fp32", name, PREFILL) for name in ("gate_up", "hidden_gradient")]
     return specs

@@ -193,6 +193,20 @@ def test_all_tokens_may_visit_the_same_experts(n_tokens):
     assert not grads[0][idle].any() and grads[0][[2, 5]].any()
 
 
+@pytest.mark.parametrize("n_tokens", [4, 50])
+def test_all_tokens_may_visit_one_expert(n_tokens):
+    x, router, w_gate_up, w_down = inputs((n_tokens, 24, 7, 20, 1))
+    with torch.no_grad():
+        x[:, 0] = 1.0
+        router *= 0.3  # a probability of nearly 1 would leave the router's gradient to rounding
+        router[0] = torch.tensor([0.0, 0, 0, 0, 0, 4, 0])
+        assert ((x @ router).argmax(1) == 5).all()
+    check_forward(x, router, w_gate_up, w_down, k=1)
+    check_forward_and_backward(x, router, w_gate_up, w_down, k=1)
+    grads = torch.autograd.grad(moe_layer_triton(x, router, w_gate_up, w_down, k=1).sum(), w_down)
+    assert not grads[0][[0, 1, 2, 3, 4, 6]].any() and grads[0][5].any()
+
+
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_of_equal_logits_the_lower_expert_wins(k):
     x, router, w_gate_up, w_down = inputs((20, 24, 6, 20, k), clear=-1.0)
@@ -440,13 +454,19 @@ def test_bfloat16_is_refused_by_the_interpreter():
 
 
 def test_the_recorded_h200_results_meet_what_the_chapter_asks_but_for_two_rows():
-    """Those two are short of 0.8 of the bytes' time, and lesson 3 says so."""
+    """Those two are short of 0.8 of the bytes' time, and lesson 3 says so.
+
+    Beside `torch._grouped_mm` compiled, prefill is level at Mixtral's shape and ahead at Qwen3's.
+    """
     (recorded,) = load_results("moe")
     prefill, decode = (case["rows"] for case in recorded["cases"])
     assert len(prefill) == 2 and len(decode) == 8
     for row in prefill:
         times = {name: r.get("median_ms") for name, r in row["results"].items()}
         assert times["torch._grouped_mm"] >= 1.05 * times["ours"], row["size"]
+        level = row["size"]["n_experts"] == 8
+        least = 1.0 - 0.01 if level else 1.05
+        assert times["torch._grouped_mm, compiled"] >= least * times["ours"], row["size"]
     short = {
         (row["size"]["n_experts"], row["size"]["n_tokens"])
         for row in decode
@@ -488,17 +508,22 @@ def test_few_tokens_on_a_gpu_give_what_a_dense_loop_gives_twice_the_same_bits(sh
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("n_tokens", [0, 3, 40, 900])
-def test_empty_and_one_sided_routings_on_a_gpu_ragged(n_tokens):
-    """All tokens visit experts 2 and 5; the others get nobody and a zero gradient."""
-    args = inputs((n_tokens, 128, 7, 72, 2), dtype=torch.bfloat16, device="cuda", clear=-1.0)
+def test_empty_and_one_sided_routings_on_a_gpu_ragged(n_tokens, k):
+    """All tokens visit experts 2 and 5, or 2 alone; the others get nobody and a zero gradient."""
+    args = inputs((n_tokens, 128, 7, 72, k), dtype=torch.bfloat16, device="cuda", clear=-1.0)
     with torch.no_grad():
         args[0][:, 0] = 1.0
-        args[1][0] = torch.tensor([0.0, 0, 24, 0, 0, 22, 0])
-    check_forward_and_backward(*args, k=2)
-    check_forward(*args, k=2)
-    grad = torch.autograd.grad(moe_layer_triton(*args, k=2).sum(), args[3])[0]
-    assert not grad[[0, 1, 3, 4, 6]].any()
+        if k == 1:  # a probability of nearly 1 would leave the router's gradient to rounding
+            args[1].mul_(0.3)
+        args[1][0] = torch.tensor([0.0, 0, 24, 0, 0, 22, 0] if k == 2 else [0.0, 0, 4, 0, 0, 0, 0])
+        chosen = (args[0].double() @ args[1].double()).topk(k).indices.sort(1).values
+        assert (chosen == torch.tensor([2, 5][:k], device="cuda")).all()
+    check_forward_and_backward(*args, k=k)
+    check_forward(*args, k=k)
+    grad = torch.autograd.grad(moe_layer_triton(*args, k=k).sum(), args[3])[0]
+    assert not grad[[0, 1, 3, 4, 6]].any() and (k == 2 or not grad[5].any())
 
 
 @pytest.mark.gpu

@@ -386,6 +386,7 @@ FORMULAS = [
     SlidingWindow(2, causal=False), SlidingWindow(9, causal=False), DilatedWindow(5, 3),
     DilatedWindow(4, 5, causal=False), Strided(7), streaming(5, 3), sparse_transformer(6),
     longformer(9, (0, -1)), longformer(4, (3, 4, -2)),
+    InBlocks(4, longformer(3, (0, -1))),
 ]  # fmt: skip
 
 

@@ -396,9 +396,9 @@ def test_gradients_of_the_result_and_of_the_lse_equal_finite_differences():
 @pytest.mark.filterwarnings("ignore:Input #")
 def test_torchs_own_checks_of_the_operator_pass():
     q, k, v = (x.requires_grad_() for x in inputs(Sizes(20, 24, 16, 16, n_heads=2)))
-    walk = walk_of(q, k, longformer(5, (0,)))
-    numbers = walk.terms.flatten().tolist()
-    args = (q, k, v, walk.grid, numbers, walk.block_q, walk.block_k, None)
+    grid = torch.empty(0, 0, 0, dtype=torch.int8)
+    terms = ",".join(map(str, numbers_of(longformer(5, (0,)).terms())))
+    args = (q, k, v, grid, terms, 0, 0, None)
     torch.library.opcheck(torch.ops.llmopt_lab.sparse_attention, args)
 
 
@@ -472,6 +472,17 @@ def test_bfloat16_is_refused_by_the_interpreter():
         sparse_attention_triton(*inputs(ONE, dtype=torch.bfloat16), Causal())
 
 
+def test_hundreds_of_terms_cost_the_host_their_time_once(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        kernels, "numbers_of", lambda terms: made.append(len(terms)) or numbers_of(terms)
+    )
+    for _ in range(3):
+        pattern = bigbird(640, block=16, rng=torch.Generator().manual_seed(5))
+        walk_of(torch.empty(1, 1, 640, 16), torch.empty(1, 1, 640, 16), pattern)
+    assert len(made) == 1 and made[0] > 100
+
+
 def test_a_kernel_is_compiled_for_what_the_terms_forbid_and_not_for_their_numbers():
     def rule(pattern):
         return rule_of(numbers_of(pattern.terms()))
@@ -490,27 +501,26 @@ def test_a_kernel_is_compiled_for_what_the_terms_forbid_and_not_for_their_number
 
 
 def test_the_recorded_h200_results_meet_what_the_chapter_asks():
+    """For random blocks the backward pass of flex_attention is faster, and lesson 5 says so."""
     (recorded,) = load_results("sparse_attention")
     cases = {case["title"]: [row["results"] for row in case["rows"]] for case in recorded["cases"]}
 
-    def times_as_long(peer: str, results: dict) -> float:
-        return results[peer]["median_ms"] / results["ours"]["median_ms"]
+    def ms(results: dict, contender: str = "ours") -> float:
+        return results[contender]["median_ms"]
 
     window = cases["window, forward"][0]
-    assert times_as_long("flex_attention", window) >= 1.15
-    assert times_as_long("FlashAttention-3", window) >= 1 / 1.5
-    backward = cases["window, backward"] + cases["random live blocks of 128, backward"]
-    assert len(backward) == 3
-    assert all(times_as_long("flex_attention", results) >= 1 for results in backward)
+    assert ms(window, "flex_attention") >= 1.15 * ms(window)
+    assert ms(window) <= 1.5 * ms(window, "FlashAttention-3")
+    assert len(cases["window, backward"]) == 2
+    for backward in cases["window, backward"]:
+        flex = backward["flex_attention"]
+        launch = 0.0 if flex["how"] == "graph" else 0.1  # ms, of the first call: it is in the time
+        assert flex["median_ms"] - launch >= ms(backward)
     (tenth,) = cases["random live blocks of 128, forward"]
     (dense,) = cases["dense, by the same kernel"]
     assert tenth["ours"]["tflop_s"] >= 0.6 * dense["ours"]["tflop_s"]
-    for lists, of in {
-        "lists of the Sparse Transformer": "Sparse Transformer, stride 128",
-        "lists of BigBird": "BigBird, blocks of 128",
-    }.items():
-        made, (used,) = cases[lists][0], cases[of]
-        assert made["ours"]["median_ms"] < 0.05 * used["ours"]["median_ms"]
+    (bigbird_forward,) = cases["BigBird, blocks of 128"]
+    assert ms(cases["lists of BigBird"][0]) < 0.05 * ms(bigbird_forward)
 
 
 # --- compiled for GPUs that are not here
@@ -614,6 +624,7 @@ def list_spec(target: str, from_terms: bool) -> dict:
 def specs_of(target: str) -> list[dict]:
     half = "fp16" if target == "sm_75" else "bf16"
     specs = [kernel_spec(target, kernel, half, 128, "window and sinks") for kernel in TENSORS]
+    specs += [kernel_spec(target, kernel, half, 128, "two terms with steps") for kernel in TENSORS]
     specs += [kernel_spec(target, "forward", half, 128, "many terms of blocks")]
     specs += [sinks_spec(target, half, 128, n_sinks=4)]
     specs += [list_spec(target, True), list_spec(target, False)]
@@ -621,7 +632,8 @@ def specs_of(target: str) -> list[dict]:
         specs += [
             kernel_spec(target, kernel, half, 128, rule)
             for kernel in TENSORS
-            for rule in list(RULES)[2:]
+            for rule in RULES
+            if rule not in ("window", "window and sinks", "two terms with steps")
         ]
         specs += [kernel_spec(target, kernel, half, 64, "window and sinks") for kernel in TENSORS]
         specs += [kernel_spec(target, "backward_keys", half, d, "window") for d in (64, 128)]
@@ -683,6 +695,37 @@ def test_every_pattern_is_right_on_a_gpu(name):
     q, k, v = inputs(GPU_SHAPES[0], dtype=torch.bfloat16, device="cuda")
     check_lists(PATTERNS[name](700), q, k)
     check_forward_and_backward(q, k, v, PATTERNS[name](700))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["window 17", "sinks", "longformer", "bigbird"])
+def test_ragged_cases_are_right_on_a_gpu(name):
+    """Every kernel once on sizes that no tile divides: what compute-sanitizer runs."""
+    sizes = Sizes(77, 139, 64, 64, n_heads=2, n_kv_heads=1)
+    q, k, v = inputs(sizes, dtype=torch.float16, device="cuda")
+    check_forward_and_backward(q, k, v, PATTERNS[name](139))
+
+
+RANDOM_RULES = {
+    "longformer": lambda n, a, b: longformer(a, (0, n - 1)),
+    "many global tokens": lambda n, a, b: longformer(a, tuple(range(0, n, n // 6 + 2))),
+    "causal": lambda n, a, b: longformer(a, (n // 2,)) & Causal(),
+    "strided": lambda n, a, b: sparse_transformer(b),
+    "dilated": lambda n, a, b: DilatedWindow(a, b, causal=False),
+    "blocks": lambda n, a, b: InBlocks(16 * b, SlidingWindow(3) | GlobalTokens((0,))),
+}
+
+
+@pytest.mark.gpu
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 500), st.integers(2, 500), st.sampled_from(list(RANDOM_RULES)),
+    st.integers(1, 200), st.integers(1, 40), st.sampled_from([64, 128]), st.integers(0, 99),
+)  # fmt: skip
+def test_rules_of_terms_are_right_on_a_gpu_on_random_shapes(n_q, n_k, name, a, b, d_head, seed):
+    sizes = Sizes(n_q, n_k, d_head, d_head, n_heads=2)
+    q, k, v = inputs(sizes, dtype=torch.bfloat16, device="cuda", seed=seed)
+    check_forward_and_backward(q, k, v, RANDOM_RULES[name](n_k, a, b))
 
 
 @pytest.mark.gpu

@@ -136,6 +136,16 @@ def test_every_part_was_measured_for_every_model():
     assert set(measure.cost_rows()) < set(RECORDED["cost"]["rows"])
 
 
+def test_every_fixed_pattern_was_measured_and_none_sees_the_future():
+    n = 1024
+    for name, pattern in measure.fixed_patterns(n).items():
+        assert not pattern.mask(n, n).triu(1).any()
+        for model in RECORDED["models"].values():
+            assert 0 < model["mass"]["kept"][name] <= 1
+            read = model["perplexity"]["perplexity"]
+            assert read[name] > read["dense"]
+
+
 def test_counted_bytes_were_those_of_the_formula_then_and_are_now():
     from llmopt_lab.sparse_attention.block_lists import cover
     from llmopt_lab.sparse_attention.io_model import fitted_exponent, sparse_traffic

@@ -534,8 +534,8 @@ def _mixture(
         "other question: where did visit v go? If order[p] = v, then place[v] = p. And starts "
         "are the running sum of the counts.",
         "order = experts.flatten().argsort(stable=True); place = torch.empty_like(order); "
-        "place[order] = torch.arange(len(order)); counts = bincount(minlength=n_experts), and "
-        "starts is a 0 followed by counts.cumsum(0).",
+        "place[order] = torch.arange(len(order), device=order.device); counts = "
+        "bincount(minlength=n_experts), and starts is a 0 followed by counts.cumsum(0).",
     ),
 )
 def _(group):

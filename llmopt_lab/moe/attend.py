@@ -1,6 +1,6 @@
 """A language model of llmopt_lab.nn whose mixtures of experts run on the kernels.
 
-model = use_kernels(load("lab-moe").to("cuda"))
+model = use_kernels(load("lab-moe", device="cuda").model)
 """
 
 import torch

@@ -4,7 +4,8 @@
     logits = model(tokens, attend=PatternAttend(SlidingWindow(256), Causal()))   # every other layer
 
 On a GPU they run the Triton kernel, forward and backward. On a CPU they take torch's attention with
-the mask as a tensor: n_q n_k bits, and no block is skipped. Endless text: `streaming.RollingCache`.
+the mask as a tensor: n_q n_k bits, and no block is skipped. Endless text is for
+`rolling_cache.RollingCache`.
 """
 
 from functools import lru_cache

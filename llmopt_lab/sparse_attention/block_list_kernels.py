@@ -26,7 +26,8 @@ import triton.language as tl
 FAR = 1 << 30                               # further than any token, as in the patterns
 FIELDS = tl.constexpr(16)                   # int32 of one term in the table: two bands
 MOST_UNROLLED = 8                           # terms that a kernel is compiled for
-# what a band forbids: bits of its kind
+# a band's eight fields: grain, low, high, step, rows from .. to before .., columns likewise; what
+# it forbids is its kind, a sum of these bits
 LOW, HIGH, STEP, ROWS, COLS, GRAIN = (tl.constexpr(1 << i) for i in range(6))
 CHUNK = tl.constexpr(256)                   # terms that are looked at at once
 EVERYTHING = (1, -FAR, FAR, 1, -FAR, FAR, -FAR, FAR)    # a band, field by field
@@ -240,7 +241,7 @@ class Walk(NamedTuple):
         n_terms = len(self.terms)
         constants = {
             "LISTED": self.listed, "SINKS": self.n_sinks > 0,
-            "RULE": self.rule, "LOOP": bool(self.rule) and n_terms > MOST_UNROLLED,
+            "RULE": self.rule, "LOOP": 0 < len(self.rule) < 2 * n_terms,
             "BLOCK_Q": self.block_q, "BLOCK_K": self.block_k,
         }  # fmt: skip
         scalars = (list_head, n_terms, self.low, self.high, self.n_sinks)
@@ -248,39 +249,51 @@ class Walk(NamedTuple):
 
 
 def walk_from(
-    q: Tensor, k: Tensor, grid: Tensor, terms: list[int], block_q: int, block_k: int
+    q: Tensor, k: Tensor, grid: Tensor, terms: str, block_q: int, block_k: int
 ) -> Walk:
-    """The walk of a call: `terms` as `numbers_of` makes them, `grid` of chosen blocks or empty.
+    """The walk of a call: `terms` are what `numbers_of` makes, as text; `grid` of chosen blocks.
 
     Blocks of size 0 are chosen here: torch.compile cannot trace what asks for the GPU's facts.
     """
-    if block_q == 0:
-        block_q = block_k = choose_block(terms)
     n_q, n_k = q.shape[2], k.shape[2]
-    window = _as_window(tuple(terms))
-    from_terms = window is None and len(grid) == 0
-    if from_terms and (n_k - n_q) % block_q == 0 and _is_whole(terms, block_q, block_k):
+    walk = _walk(terms, block_q, block_k, n_q, n_k, len(grid) > 0, q.device)
+    return walk._replace(grid=grid)
+
+
+@lru_cache(maxsize=64)
+def _walk(
+    terms: str, block_q: int, block_k: int, n_q: int, n_k: int, chosen: bool,
+    device: torch.device,
+) -> Walk:  # fmt: skip
+    """`walk_from` but for the grid. Kept: hundreds of terms take the host milliseconds."""
+    numbers = tuple(map(int, terms.split(",")))
+    if block_q == 0:
+        block_q = block_k = choose_block(numbers)
+    window = _as_window(numbers)
+    from_terms = window is None and not chosen
+    if from_terms and (n_k - n_q) % block_q == 0 and _is_whole(numbers, block_q, block_k):
         window = -FAR, FAR, 0       # only the end of the text makes a block partial
     low, high, n_sinks = window or (0, 0, 0)
+    table = table_of(numbers, device)
     return Walk(
-        table_of(tuple(terms), q.device), grid, low, high, min(n_sinks, n_k), from_terms,
-        rule_of(terms) if window is None else (), block_q, block_k, n_q, n_k,
+        table, table, low, high, min(n_sinks, n_k), from_terms,
+        rule_of(numbers) if window is None else (), block_q, block_k, n_q, n_k,
     )  # fmt: skip
 
 
-def rule_of(numbers: list[int]) -> tuple[int, ...]:
-    """The kinds of every term's two bands, one after the other: what a kernel is compiled for.
+def rule_of(numbers: tuple[int, ...]) -> tuple[int, ...]:
+    """The kinds of every term's first and second band: what a kernel is compiled for.
 
-    Many terms are as one of which each band forbids what any of theirs forbids.
+    More than MOST_UNROLLED terms become one, whose bands forbid whatever one of theirs does.
     """
     kinds = []
     for i in range(0, len(numbers), 8):
         grain, low, high, step, row_begin, row_end, col_begin, col_end = numbers[i : i + 8]
         forbids = (
-            low > -FAR, high < FAR, step != 1, row_begin > -FAR or row_end < FAR,
-            col_begin > -FAR or col_end < FAR, grain != 1,
+            (LOW, low > -FAR), (HIGH, high < FAR), (STEP, step != 1), (GRAIN, grain != 1),
+            (ROWS, row_begin > -FAR or row_end < FAR), (COLS, col_begin > -FAR or col_end < FAR),
         )  # fmt: skip
-        kinds.append(sum(1 << bit for bit, so in enumerate(forbids) if so))
+        kinds.append(sum(bit.value for bit, so in forbids if so))
     if len(kinds) > 2 * MOST_UNROLLED:
         kinds = [reduce(or_, kinds[::2]), reduce(or_, kinds[1::2])]
     return tuple(kinds)
@@ -292,14 +305,14 @@ def kind_of(rule: tuple[int, ...]) -> str:
     return "terms that divide" if divides else "terms" if rule else "window"
 
 
-def _is_whole(numbers: list[int], block_q: int, block_k: int) -> bool:
+def _is_whole(numbers: tuple[int, ...], block_q: int, block_k: int) -> bool:
     """Whether every band holds all of a block of the lists or nothing of it."""
-    bands = [tuple(numbers[i : i + 8]) for i in range(0, len(numbers), 8)]
+    bands = [numbers[i : i + 8] for i in range(0, len(numbers), 8)]
     grains = [band[0] for band in bands if band != EVERYTHING]
     return all(grain % block_q == 0 and grain % block_k == 0 for grain in grains)
 
 
-def numbers_of(terms) -> list[int]:
+def numbers_of(terms) -> tuple[int, ...]:
     """The terms as rows of a table, two bands each: the second one holds all if there is none.
 
     Raises:
@@ -314,7 +327,7 @@ def numbers_of(terms) -> list[int]:
         )
         for band in (*term, EVERYTHING)[:2]:
             flat += [max(-FAR, min(FAR, x)) for x in band]
-    return flat
+    return tuple(flat)
 
 
 @lru_cache(maxsize=64)
@@ -340,7 +353,7 @@ def _as_window(numbers: tuple[int, ...]) -> tuple[int, int, int] | None:
     return window[1], window[2], sinks[7]
 
 
-def choose_block(numbers: list[int]) -> int:
+def choose_block(numbers: tuple[int, ...]) -> int:
     """Tokens of a block of the lists: less than a tile's where the rule is of blocks."""
     size = 32 if gpu_facts() is None else 64
     grain = math.gcd(*(grain for grain in numbers[::8] if grain > 1))

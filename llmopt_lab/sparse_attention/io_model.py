@@ -23,6 +23,7 @@ from llmopt_lab.sparse_attention.patterns import (
     DilatedWindow,
     Full,
     GlobalTokens,
+    InBlocks,
     Pattern,
     Sinks,
     SlidingWindow,
@@ -109,7 +110,8 @@ def pairs_formula(pattern: Pattern, n: int) -> int:
 
     dense N^2; causal N(N+1)/2; window N w; window + sinks N (w + s); dilated N w;
     strided N^2 / 2s; local + strided N (s + N / 2s), so N^1.5 at s = sqrt(N);
-    window + global N (w + 2g), all of them up to what the ends of the text cut off.
+    window + global N (w + 2g), all of them up to what the ends of the text cut off. Of a pattern
+    of blocks, such as BigBird, the pairs of blocks are counted, each times its tokens.
 
     Raises:
         BadInput: no formula for this pattern; count it with `visible_pairs`.
@@ -142,6 +144,10 @@ def pairs_formula(pattern: Pattern, n: int) -> int:
             both = sum(abs(a - b) <= half for a in tokens for b in tokens)
             # the window, and the rows and columns of global tokens; what is in both, once
             return pairs_formula(local, n) + 2 * g * n - g * g - (2 * twice - both)
+        case InBlocks(size, of):
+            sizes = torch.tensor([block.stop - block.start for block in tiles(n, size)])
+            seen = of.mask(len(sizes), len(sizes))
+            return int((seen * sizes[:, None] * sizes).sum())
     require(False, f"no formula for {pattern}; count it: visible_pairs(pattern, n, n)")
 
 

@@ -11,6 +11,8 @@ and rule, which both follow, in `rule_kernels.py`, lists in `block_list_kernels.
 in `tiles.py`.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -217,11 +219,21 @@ def _settings(q: Tensor, k: Tensor, pattern, lists: BlockLists | None):
 
     Without lists the blocks are of size 0: `walk_from` chooses.
     """
-    numbers = numbers_of(pattern.at(k.shape[2]).terms())
+    # torch.compile traces the making of a constant, and warns of what is kept
+    terms_of = _terms_of if torch.compiler.is_compiling() else _kept_terms_of
+    terms = terms_of(pattern.at(k.shape[2]))
     if lists is None:
-        return q.new_empty((0, 0, 0), dtype=torch.int8), numbers, 0, 0
+        return q.new_empty((0, 0, 0), dtype=torch.int8), terms, 0, 0
     _check_lists(lists, q, k)
-    return grid_of(lists), numbers, lists.tile_q, lists.tile_k
+    return grid_of(lists), terms, lists.tile_q, lists.tile_k
+
+
+def _terms_of(pattern) -> str:
+    """The numbers of its terms as text: a list of thousands takes an operator milliseconds."""
+    return ",".join(map(str, numbers_of(pattern.terms())))
+
+
+_kept_terms_of = lru_cache(maxsize=64)(_terms_of)
 
 
 def walk_of(q: Tensor, k: Tensor, pattern, lists: BlockLists | None = None) -> "Walk":
@@ -231,7 +243,7 @@ def walk_of(q: Tensor, k: Tensor, pattern, lists: BlockLists | None = None) -> "
 
 @torch.library.custom_op("llmopt_lab::sparse_attention", mutates_args=())
 def _sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, grid: Tensor, terms: list[int], block_q: int, block_k: int,
+    q: Tensor, k: Tensor, v: Tensor, grid: Tensor, terms: str, block_q: int, block_k: int,
     scale: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _forward(q, k, v, walk_from(q, k, grid, terms, block_q, block_k), scale_of(q, scale))
@@ -245,7 +257,7 @@ def _(q, k, v, grid, terms, block_q, block_k, scale):
 @torch.library.custom_op("llmopt_lab::sparse_attention_backward", mutates_args=())
 def _sparse_attention_backward(
     q: Tensor, k: Tensor, v: Tensor, grid: Tensor, out: Tensor, lse: Tensor, d_out: Tensor,
-    d_lse: Tensor, terms: list[int], block_q: int, block_k: int, scale: float | None,
+    d_lse: Tensor, terms: str, block_q: int, block_k: int, scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     walk = walk_from(q, k, grid, terms, block_q, block_k)
     return backward_of(q, k, v, out, lse, d_out, d_lse, walk, scale_of(q, scale))
@@ -407,7 +419,7 @@ def select_blocks(
     queries = queries.unflatten(1, (k.shape[1], q.shape[1] // k.shape[1])).sum(2)
     scores = queries @ _block_means(k.detach(), tile_k).mT
     terms, kept = (
-        table_of(tuple(numbers_of(rule.at(n_k).terms())), q.device)
+        table_of(numbers_of(rule.at(n_k).terms()), q.device)
         for rule in (pattern, always or pattern)
     )
     grid = torch.empty(n_lists, n_rows, n_cols, dtype=torch.int8, device=q.device)

@@ -34,9 +34,12 @@ from llmopt_lab.sparse_attention.cases import (
 from llmopt_lab.sparse_attention.io_model import fitted_exponent, sparse_traffic, time_calls
 from llmopt_lab.sparse_attention.patterns import (
     Causal,
+    DilatedWindow,
     Full,
     Pattern,
     SlidingWindow,
+    Strided,
+    bigbird,
     longformer,
     sparse_transformer,
     streaming,
@@ -83,7 +86,15 @@ def cost_rows() -> dict[str, Callable[[int], Pattern]]:
         "window 128 + 4 sinks": lambda n: streaming(128, 4),
         "Longformer 128, 1 global": lambda n: longformer(128, (0,)),
         "local + strided, stride sqrt(n)": lambda n: sparse_transformer(math.isqrt(n)),
+        "symmetric window 128": lambda n: SlidingWindow(128, causal=False),
+        "dilated 128, 4 apart": lambda n: DilatedWindow(128, 4),
+        "strided alone, stride sqrt(n)": lambda n: Strided(math.isqrt(n)),
+        "BigBird, blocks of 128": lambda n: bigbird(n, block=128, rng=_seeded()),
     }
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 def measure_cost(results: dict, save: Callable[[], None]) -> None:
@@ -131,6 +142,19 @@ def _row(seconds: list[float], nbytes: list[int] | None) -> dict:
 # Attention mass
 
 
+def fixed_patterns(n: int) -> dict[str, Pattern]:
+    """Name -> the patterns of n tokens whose attention kept and perplexity are measured."""
+    return {
+        "window 256": SlidingWindow(256),
+        "window 252 + 4 sinks": streaming(252, 4),
+        "window 64": SlidingWindow(64),
+        "window 60 + 4 sinks": streaming(60, 4),
+        "dilated 64, 4 apart": DilatedWindow(64, 4),
+        "local + strided 32": sparse_transformer(32),
+        "BigBird & causal": bigbird(n, block=32, rng=_seeded()) & Causal(),
+    }
+
+
 def held_out_tokens(lm: LanguageModel, n: int) -> Tensor:
     """The first `n` tokens of the longest held-out file."""
     tokens = lm.encode(held_out_documents()[TEXT])[:n]
@@ -142,15 +166,11 @@ def held_out_tokens(lm: LanguageModel, n: int) -> Tensor:
 def measure_mass(lm: LanguageModel, *, n: int = 1024, size: int = 32) -> dict:
     """Share of the dense attention that each choice keeps, mean over layers, heads and queries.
 
-    All choices keep about 256 keys of a late query: windows of 256, or 8 blocks of 32.
+    A late query keeps as many keys as its pattern allows, and 8 blocks of `size` where they are
+    chosen. For a model on the CPU.
     """
-    fixed = {
-        "window 256": SlidingWindow(256),
-        "window 252 + 4 sinks": streaming(252, 4),
-        "local + strided 32": sparse_transformer(32),
-    }
-    masks = {name: pattern.mask(n, n) for name, pattern in fixed.items()}
-    sums = dict.fromkeys([*fixed, "first token", "top 8 blocks, mean", "top 8 blocks, Quest",
+    masks = {name: pattern.mask(n, n) for name, pattern in fixed_patterns(n).items()}
+    sums = dict.fromkeys([*masks, "first token", "top 8 blocks, mean", "top 8 blocks, Quest",
                           "top 8 blocks, oracle"], 0.0)  # fmt: skip
     heads, n_layers = [], 0
     for q, k, scale in layers_inputs(lm.model, held_out_tokens(lm, n)[None]):
@@ -254,15 +274,12 @@ def _logits(lm: LanguageModel, attend, tokens: Tensor) -> Tensor:
 def measure_perplexity(lm: LanguageModel, *, n: int) -> dict:
     """Of the held-out text under stateless patterns, the text's own positions kept."""
     tokens = held_out_tokens(lm, n)
+    fixed = {name: PatternAttend(pattern) for name, pattern in fixed_patterns(n).items()}
     found = {}
     for name, attend in {
         "dense": PatternAttend(Causal()),
-        "window 256": PatternAttend(SlidingWindow(256)),
-        "window 252 + 4 sinks": PatternAttend(streaming(252, 4)),
-        "window 64": PatternAttend(SlidingWindow(64)),
-        "window 60 + 4 sinks": PatternAttend(streaming(60, 4)),
+        **fixed,
         "every other layer dense, window 64": PatternAttend(SlidingWindow(64), Causal()),
-        "local + strided 32": PatternAttend(sparse_transformer(32)),
         "top 8 blocks of 32, mean": TopBlocksAttend(8, 32, always=streaming(32, 1)),
         "top 8 blocks of 32, Quest": TopBlocksAttend(8, 32, score="quest", always=streaming(32, 1)),
     }.items():

@@ -107,12 +107,15 @@ class Needle(NamedTuple):
 
 
 def needle(filler: Tensor, *, length: int, at: int, n_vocab: int, rng: torch.Generator) -> Needle:
-    """`length` random tokens at place `at` of the filler text, and again behind it."""
+    """`length` random tokens at place `at` of the filler text, and again behind it.
+
+    `rng` is a generator of the CPU, so that a seed gives the same run on every device.
+    """
     require(
         0 <= at <= len(filler) and length > 1,
         f"the needle needs 2 tokens at least and a place in 0 to {len(filler)}; got {length}, {at}",
     )
-    run = torch.randint(n_vocab, (length,), generator=rng)
+    run = torch.randint(n_vocab, (length,), generator=rng).to(filler.device)
     return Needle(torch.cat([filler[:at], run, filler[at:], run]), length)
 
 

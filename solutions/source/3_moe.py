@@ -15,7 +15,7 @@
 #
 # You build a mixture of experts that reads only what it needs: who goes where, the sorting, the layer,
 # the capacity, the network, and at the end the kernel that runs all experts at once. In between you
-# find out why the guide's balancing loss does nothing, why its layer never runs, and with how many
+# find out why the guide's balancing loss does nothing, why its layer stops, and with how many
 # tokens a sparse model reads all it has.
 #
 # | exercise | points | minutes |
@@ -23,7 +23,7 @@
 # | 1. The loss that does nothing | 3 | 15 |
 # | 2. The loss by hand | 2 | 10 |
 # | 3. Renormalise or not? | 3 | 15 |
-# | 4. The layer that never runs | 2 | 12 |
+# | 4. The layer that stops | 2 | 12 |
 # | 5. Sort the visits | 3 | 15 |
 # | 6. The layer, by grouping | 5 | 30 |
 # | 7. Who is dropped? | 3 | 15 |
@@ -320,7 +320,7 @@ from llmopt_lab.grading import check
 check("moe.route", route)
 
 # %% [markdown]
-# ## 4. The layer that never runs (2 points, 12 minutes)
+# ## 4. The layer that stops (2 points, 12 minutes)
 #
 # The heart of the guide's layer, word for word but for its name and arguments:
 
@@ -364,7 +364,7 @@ except IndexError as error:
 runs.reveal("stops with an error")
 
 # %% [markdown]
-# It has never run. One line more and two words changed are enough to mend it. Copy it, find
+# It stops. One line more and two words changed are enough to mend it. Copy it, find
 # them, and keep the idea: an expert computes its visitors and nobody else.
 #
 # You are graded on the output and on the *rows that pass through the experts*: one for each visit.
@@ -432,7 +432,7 @@ def group(experts: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     visits = experts.flatten()
     order = visits.argsort(stable=True)
     place = torch.empty_like(order)
-    place[order] = torch.arange(len(order))
+    place[order] = torch.arange(len(order), device=order.device)
     ends = torch.bincount(visits, minlength=n_experts).cumsum(0)
     return order, place, torch.cat([ends.new_zeros(1), ends])
     ### END SOLUTION
@@ -602,11 +602,12 @@ mixtral
 # %%
 rng = torch.Generator().manual_seed(0)
 n_steps = 5_000
+real = real_routing()
 print("tokens    by chance    lab-moe, neighbouring tokens of a text")
 for n in (1, 4, 16, 64):
     chosen = torch.rand(n_steps, n, 8, generator=rng).topk(2, dim=2).indices.flatten(1)
     touched = torch.zeros(n_steps, 8).scatter(1, chosen, 1.0).sum(1).mean()
-    parts = [part for experts in real_routing() for part in experts.split(n)]
+    parts = [part for experts in real for part in experts.split(n)]
     measured = sum(len(part.unique()) for part in parts) / len(parts)
     print(f"{n:6} {touched:12.2f} {measured:10.2f}")
     if n == 16:
