@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.errors import BadInput
 from llmopt_lab.flash_attention import attend
 from llmopt_lab.flash_attention.attend import flash_attend, register_with_transformers
+from llmopt_lab.flash_attention.cases import long_text
 from llmopt_lab.nn.config import ModelConfig
 from llmopt_lab.nn.transformer import Transformer
 
@@ -17,6 +19,8 @@ TINY = {
     "rope_theta": 10_000.0, "tie_word_embeddings": False, "hidden_act": "silu",
 }  # fmt: skip
 TOKENS = torch.tensor([[7, 3, 9, 11, 2, 5, 1, 30, 21, 4, 8], [1, 0, 4, 4, 9, 2, 17, 3, 3, 40, 6]])
+LONG = torch.randint(49, (1, 300), generator=torch.Generator().manual_seed(0))  # 49 pads
+assert LONG.shape[1] > 2 * attend.TILE
 
 
 def tiny(device="cpu", dtype=torch.float32) -> Transformer:
@@ -33,18 +37,13 @@ def loss_and_gradients(model, tokens, attention):
     return loss.detach(), torch.autograd.grad(loss, list(model.parameters()))
 
 
-def through_the_kernel(q, k, v, *, layer, scale):
-    """What `flash_attend` does on a GPU."""
-    from llmopt_lab.flash_attention.kernels import flash_attention_triton
-
-    return flash_attention_triton(q, k, v, causal=True, scale=scale)
-
-
-@pytest.mark.parametrize("attention", [flash_attend, through_the_kernel])
-def test_a_transformer_learns_the_same_with_it(attention):
+def test_a_transformer_learns_the_same_with_it(monkeypatch):
+    monkeypatch.setattr(attend, "_kernel_fits", lambda q: True)  # as on a GPU
+    monkeypatch.setattr(attend, "causal_attention", None)  # so that nothing else can answer
+    tokens = LONG[:, :50]  # tiles of the interpreted kernel: 32 queries, 16 keys
     model = tiny()
-    loss, gradients = loss_and_gradients(model, TOKENS, attention)
-    want_loss, want_gradients = loss_and_gradients(model.double(), TOKENS, None)
+    loss, gradients = loss_and_gradients(model, tokens, flash_attend)
+    want_loss, want_gradients = loss_and_gradients(model.double(), tokens, None)
     assert_close(loss, want_loss)
     for got, want in zip(gradients, want_gradients, strict=True):
         assert_close(got, want)
@@ -52,13 +51,27 @@ def test_a_transformer_learns_the_same_with_it(attention):
 
 @pytest.mark.gpu
 def test_a_transformer_learns_the_same_with_it_on_a_gpu():
-    tokens = TOKENS.cuda()
+    tokens = LONG.cuda()
     loss, gradients = loss_and_gradients(tiny("cuda"), tokens, flash_attend)
     wide = tiny("cuda").double()
     want_loss, want_gradients = loss_and_gradients(wide, tokens, None)
     assert_close(loss, want_loss)
     for got, want in zip(gradients, want_gradients, strict=True):
         assert_close(got, want)
+
+
+def test_the_kernel_is_taken_on_a_gpu_with_triton_and_only_there(monkeypatch):
+    def fits(d_head=64, dtype=torch.bfloat16, device="cuda"):
+        with FakeTensorMode():  # a tensor of a GPU that need not be there
+            return attend._kernel_fits(torch.empty(1, 2, 5, d_head, dtype=dtype, device=device))
+
+    monkeypatch.setattr(attend, "HAS_TRITON", True)
+    assert fits()
+    assert not fits(device="cpu")
+    assert not fits(d_head=20) and not fits(d_head=264)
+    assert not fits(dtype=torch.float64)
+    monkeypatch.setattr(attend, "HAS_TRITON", False)
+    assert not fits()
 
 
 # --- as an attention implementation of transformers
@@ -93,25 +106,28 @@ def greedy(model, tokens, n_new, **kw):
 
 
 def test_logits_and_greedy_tokens_of_a_llama_equal_its_eager_ones(ours, eager):
-    want = eager.double()(TOKENS).logits
-    eager.float()
-    assert_close(ours(TOKENS).logits, want)
-    assert torch.equal(greedy(ours, TOKENS, 12), greedy(eager, TOKENS, 12))
+    for tokens in (TOKENS, LONG):
+        want = eager.double()(tokens).logits
+        eager.float()
+        assert_close(ours(tokens).logits, want)
+        assert torch.equal(greedy(ours, tokens, 12), greedy(eager, tokens, 12))
 
 
-def test_a_chunk_of_new_tokens_sees_the_cache(ours, eager):
+@pytest.mark.parametrize(("tokens", "n_first"), [(TOKENS, 4), (LONG, 140)], ids=["short", "long"])
+def test_a_chunk_of_new_tokens_sees_the_cache(ours, eager, tokens, n_first):
     def in_two_chunks(model):
-        first = model(TOKENS[:, :4], use_cache=True)
-        return model(TOKENS[:, 4:], past_key_values=first.past_key_values).logits
+        first = model(tokens[:, :n_first], use_cache=True)
+        return model(tokens[:, n_first:], past_key_values=first.past_key_values).logits
 
-    want = eager.double()(TOKENS).logits[:, 4:]
+    want = eager.double()(tokens).logits[:, n_first:]
     eager.float()
     assert_close(in_two_chunks(ours), want)
 
 
-def test_a_llama_learns_the_same_with_it(ours, eager):
+@pytest.mark.parametrize("tokens", [TOKENS, LONG], ids=["short", "long"])
+def test_a_llama_learns_the_same_with_it(ours, eager, tokens):
     def gradients(model):
-        loss = model(TOKENS, labels=TOKENS).loss
+        loss = model(tokens, labels=tokens).loss
         return torch.autograd.grad(loss, list(model.parameters()))
 
     want = gradients(eager.double())
@@ -192,7 +208,7 @@ def test_an_encoder_attends_to_everything():
 
 def test_the_kernel_itself_runs_under_transformers(ours, eager, monkeypatch):
     monkeypatch.setattr(attend, "_kernel_fits", lambda q: True)  # as on a GPU
-    tokens = TOKENS[:1]
+    tokens = LONG[:, :50]
     want = eager.double()(tokens).logits
     eager.float()
     assert_close(ours(tokens).logits, want)
@@ -225,3 +241,19 @@ def test_smollm2_writes_the_same_16_tokens_with_it():
         written[implementation] = greedy(model, tokens, 16)
     assert "Rome" in ours.decode(written["eager"][0])
     assert torch.equal(written["llmopt_tiled"], written["eager"])
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_smollm2_gives_every_token_of_a_long_text_the_same_logits_with_it():
+    from llmopt_lab.nn.weights import load
+
+    def as_transformers_calls_it(q, k, v, *, layer, scale):
+        out, _ = attend.transformers_attention(layers, q, k, v, None, scaling=scale)
+        return out.transpose(1, 2)
+
+    lm = load("smollm2-135m", device="cpu", dtype=torch.float64)  # 30 layers: no rounding to allow
+    layers = lm.model.layers  # any module: it has no `is_causal`
+    tokens = lm.encode(long_text()[:4000])[None, :300]
+    assert tokens.shape[1] == 300 > 2 * attend.TILE
+    assert_close(lm.model(tokens, attend=as_transformers_calls_it), lm.model(tokens))

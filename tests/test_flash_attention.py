@@ -423,6 +423,24 @@ def test_the_operations_are_those_that_torch_counts():
     assert flops(Sizes.of(q, k, v)) == counter.get_total_flops()
 
 
+def test_a_mask_saves_flash_most_of_the_hidden_products_and_naive_none():
+    sizes = Sizes(48, 48, 16, 12, causal=True)
+    q, k, v = (x[0, 0] for x in attention_inputs(sizes))
+    counted = {}
+    for name, call in {
+        "naive": lambda: naive_attention(q, k, v, causal=True),
+        "flash": lambda: flash_attention(q, k, v, causal=True, tile_q=8, tile_k=8),
+    }.items():
+        with FlopCounterMode(display=False) as counter:
+            call()
+        counted[name] = counter.get_total_flops()
+    computed, skipped = tile_counts(sizes, tile_q=8, tile_k=8)
+    whole = flops(Sizes.of(q, k, v))
+    assert counted["naive"] == whole
+    assert counted["flash"] == whole * computed // (computed + skipped)
+    assert flops(sizes) < counted["flash"] < whole
+
+
 # --- bytes on chip and bytes kept
 
 

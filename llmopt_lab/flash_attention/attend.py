@@ -5,19 +5,22 @@
     register_with_transformers()
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="llmopt_tiled")
 
-On a GPU both run the Triton kernel, forward and backward. On a CPU the first takes torch's eager
-attention and the second the reference.
+On a GPU with Triton both run its kernel, forward and backward. Elsewhere, and for a dtype or width
+that the kernel does not take, the first calls torch's `scaled_dot_product_attention` and the second
+the reference.
 """
 
 import torch
 from torch import Tensor
 
+from llmopt_lab.core.device import version_of
 from llmopt_lab.core.errors import Missing, require
 from llmopt_lab.flash_attention.reference import flash_attention
 from llmopt_lab.nn.transformer import causal_attention
 
 NAME = "llmopt_tiled"  # transformers takes any name with "flash" in it for the flash-attn package
 TILE = 128  # of the reference, in transformers' models: few large steps
+HAS_TRITON = version_of("triton") is not None
 
 
 def flash_attend(q: Tensor, k: Tensor, v: Tensor, *, layer: int, scale: float) -> Tensor:
@@ -139,4 +142,4 @@ def transformers_mask(
 
 def _kernel_fits(q: Tensor) -> bool:
     wide_enough = q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    return q.is_cuda and wide_enough and q.dtype != torch.float64
+    return q.is_cuda and wide_enough and q.dtype != torch.float64 and HAS_TRITON

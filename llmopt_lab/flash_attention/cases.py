@@ -202,7 +202,7 @@ def guides_flash_attention(Q: Tensor, K: Tensor, V: Tensor, block_size: int = 12
     """COUNTER-EXAMPLE: a widely copied snippet, (batch, n, d), kept as it is, mistakes and all.
 
     It divides by the new total without undoing the old division, does not scale the scores, walks
-    the keys by the number of queries, and lets autograd keep every P_ij.
+    the keys by the number of queries, and lets autograd keep every P_ij and two of O a block.
     """
     batch, seq_len, d_model = Q.shape
     O = torch.zeros_like(Q)  # noqa: E741

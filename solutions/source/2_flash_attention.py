@@ -15,8 +15,8 @@
 #
 # You build exact attention that never writes the matrix of scores: the running softmax, the tiles,
 # the mask, the merge, the backward pass, and at the end the kernel. In between you count bytes, and
-# you write the tests that a guide's version should have had. Every exercise stands beside code from
-# that guide that runs, looks right and is not.
+# you write the tests that a guide's version should have had. Where that guide has code or a claim for
+# the same thing, the exercise shows it: it runs, looks right and is not.
 #
 # | exercise | points | minutes |
 # |---|---|---|
@@ -582,8 +582,9 @@ for name, nbytes in bytes_kept.items():
 kept.reveal(bytes_kept["the guide's flash"] / bytes_kept["standard"])
 
 # %% [markdown]
-# Every `P_ij` is kept, and more than once. The way out: keep only q, k, v, the output O and one number
-# a query, `L = m + log(total)`. Then each tile of P can be made again, without any running softmax,
+# Every `P_ij` is kept, and for every block two tensors of the size of `O`: the old `O`, and the sum
+# before it is divided. At width 64 and blocks of 128 keys the two are together as large as `P_ij`. The
+# way out: keep only q, k, v, the output O and one number a query, `L = m + log(total)`. Then each tile of P can be made again, without any running softmax,
 # because the normaliser is known: `P = exp(S - L)`.
 #
 # Backwards through `O = P V`, `P = softmax(S)`, `S = scale * Q K^T`, with dO for the gradient of O:
