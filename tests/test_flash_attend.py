@@ -1,12 +1,14 @@
 """Models with flash attention inside say what they say without it."""
 
+import json
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.errors import BadInput
-from llmopt_lab.flash_attention import attend
+from llmopt_lab.flash_attention import attend, measure
 from llmopt_lab.flash_attention.attend import flash_attend, register_with_transformers
 from llmopt_lab.flash_attention.cases import long_text
 from llmopt_lab.nn.config import ModelConfig
@@ -257,3 +259,18 @@ def test_smollm2_gives_every_token_of_a_long_text_the_same_logits_with_it():
     tokens = lm.encode(long_text()[:4000])[None, :300]
     assert tokens.shape[1] == 300 > 2 * attend.TILE
     assert_close(lm.model(tokens, attend=as_transformers_calls_it), lm.model(tokens))
+
+
+def test_what_lesson_2_says_of_smollm2_is_what_was_recorded():
+    recorded = json.loads(measure.RESULTS.read_text())
+    nats = list(recorded["nats"].values())
+    assert len(nats) == 3 and max(nats) - min(nats) < 1e-5
+    moved = {int(n): share for n, share in recorded["moved"].items()}
+    assert all((share > 0.01) == (n > 128) for n, share in moved.items())
+    held = {(row["n"], row["name"]): row["peak_bytes"] for row in recorded["costs"]}
+    doubled = {name: [] for _, name in held}
+    for (n, name), nbytes in held.items():
+        if (2 * n, name) in held and n >= 1024:
+            doubled[name].append(held[2 * n, name] / nbytes)
+    assert all(3.9 < ratio < 4.1 for ratio in doubled.pop("naive"))
+    assert all(ratio <= 2.01 for ratios in doubled.values() for ratio in ratios)
