@@ -12,7 +12,7 @@ from llmopt_lab.flash_attention import attend, measure
 from llmopt_lab.flash_attention.attend import flash_attend, register_with_transformers
 from llmopt_lab.flash_attention.cases import long_text
 from llmopt_lab.nn.config import ModelConfig
-from llmopt_lab.nn.transformer import Transformer
+from llmopt_lab.nn.transformer import Transformer, rope_tables
 
 TINY = {
     "model_type": "llama", "vocab_size": 50, "hidden_size": 48, "num_hidden_layers": 3,
@@ -60,6 +60,28 @@ def test_a_transformer_learns_the_same_with_it_on_a_gpu():
     assert_close(loss, want_loss)
     for got, want in zip(gradients, want_gradients, strict=True):
         assert_close(got, want)
+
+
+@torch.no_grad()
+def check_a_compiled_model(device, **options):
+    """All layers in one graph: `hidden` is the part of a model that is made to be compiled."""
+    model, tokens = tiny(device), LONG[:, :50].to(device)
+    positions = torch.arange(50, device=device)[None]
+    tables = rope_tables(model.config, positions, model.dtype)
+    compiled = torch.compile(
+        lambda x: model.hidden(x, *tables, flash_attend), fullgraph=True, **options
+    )
+    assert_close(model.logits(compiled(tokens)), model(tokens, attend=flash_attend))
+
+
+def test_a_compiled_model_has_no_graph_break(monkeypatch):
+    monkeypatch.setattr(attend, "_kernel_fits", lambda q: True)  # as on a GPU
+    check_a_compiled_model("cpu", backend="aot_eager")
+
+
+@pytest.mark.gpu
+def test_a_compiled_model_has_no_graph_break_on_a_gpu():
+    check_a_compiled_model("cuda")
 
 
 def test_the_kernel_is_taken_on_a_gpu_with_triton_and_only_there(monkeypatch):
