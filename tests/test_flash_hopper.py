@@ -4,8 +4,14 @@ import aot
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_flash_kernels import check_forward_and_backward, inputs, inputs_without_grad, oracle
+from test_flash_kernels import (
+    RANDOM_CASES,
+    check_forward_and_backward,
+    check_random_case,
+    inputs,
+    inputs_without_grad,
+    oracle,
+)
 
 from llmopt_lab.core.close import assert_close
 from llmopt_lab.core.device import gpu_facts
@@ -99,47 +105,26 @@ def test_the_launcher_chooses_it_and_reads_any_layout(d_head):
     assert out.stride() == spread[0].stride()
 
 
-def check_what_the_launcher_gives(shape, *, dtype, causal, rows_first=False, seed=0):
-    """Results and gradients of `flash_attention_triton` where it takes the Hopper kernel."""
-    q, k, v = inputs(shape, dtype=dtype, device="cuda", seed=seed)
-    if rows_first:
-        q, k, v = (
-            x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-            for x in (q, k, v)
-        )
-    assert hopper.supports(q, k, v, torch.empty_like(q))
-    check_forward_and_backward(q, k, v, causal=causal, what=f"{shape}", saved=True)
+def is_taken(q, k, v) -> bool:
+    """Whether `flash_attention_triton` takes the Hopper kernel."""
+    return hopper.supports(q, k, v, torch.empty_like(q))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("d_head", [64, 128])
 def test_one_ragged_shape_through_the_launcher(d_head):
     needs_hopper()
-    check_what_the_launcher_gives((2, 4, 2, 131, 203, d_head), dtype=torch.bfloat16, causal=True)
+    q, k, v = inputs((2, 4, 2, 131, 203, d_head), dtype=torch.bfloat16, device="cuda")
+    assert is_taken(q, k, v)
+    check_forward_and_backward(q, k, v, causal=True, saved=True)
 
 
 @pytest.mark.gpu
 @settings(max_examples=80, deadline=None, derandomize=True)
-@given(
-    batch=st.integers(1, 3),
-    n_q=st.integers(1, 700),
-    n_k=st.integers(1, 700),
-    group=st.integers(1, 8),
-    n_kv_heads=st.integers(1, 3),
-    d_head=st.sampled_from([64, 128]),
-    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
-    causal=st.booleans(),
-    rows_first=st.booleans(),
-    seed=st.integers(0, 99),
-)
-def test_the_launcher_gives_torchs_results_and_gradients_on_random_shapes(
-    batch, n_q, n_k, group, n_kv_heads, d_head, dtype, causal, rows_first, seed
-):
+@given(RANDOM_CASES)
+def test_the_launcher_gives_torchs_results_and_gradients_on_random_shapes(case):
     needs_hopper()
-    check_what_the_launcher_gives(
-        (batch, group * n_kv_heads, n_kv_heads, n_q, n_k, d_head),
-        dtype=dtype, causal=causal, rows_first=rows_first, seed=seed,
-    )  # fmt: skip
+    check_random_case(case, accepts=is_taken)
 
 
 @pytest.mark.gpu

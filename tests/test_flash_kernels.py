@@ -459,31 +459,39 @@ def test_ragged_sides_and_other_widths_are_right_on_a_gpu(shape):
     check_forward_and_backward(*inputs(shape, dtype=torch.bfloat16, device="cuda"), causal=True)
 
 
-@pytest.mark.gpu
-@settings(max_examples=80, deadline=None, derandomize=True)
-@given(
-    batch=st.integers(1, 3),
-    n_q=st.integers(1, 700),
-    n_k=st.integers(1, 700),
-    group=st.integers(1, 8),
-    n_kv_heads=st.integers(1, 3),
-    d_head=st.sampled_from([64, 128]),
-    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
-    causal=st.booleans(),
-    rows_first=st.booleans(),
-    seed=st.integers(0, 99),
-)
-def test_results_and_gradients_equal_torchs_on_a_gpu_on_random_shapes(
-    batch, n_q, n_k, group, n_kv_heads, d_head, dtype, causal, rows_first, seed
-):
-    shape = (batch, group * n_kv_heads, n_kv_heads, n_q, n_k, d_head)
-    q, k, v = inputs(shape, dtype=dtype, device="cuda", seed=seed)
-    if rows_first:
+RANDOM_CASES = st.fixed_dictionaries({
+    "batch": st.integers(1, 3),
+    "n_q": st.integers(1, 700),
+    "n_k": st.integers(1, 700),
+    "group": st.integers(1, 8),
+    "n_kv_heads": st.integers(1, 3),
+    "d_head": st.sampled_from([64, 128]),
+    "dtype": st.sampled_from([torch.bfloat16, torch.float16]),
+    "causal": st.booleans(),
+    "rows_first": st.booleans(),
+    "seed": st.integers(0, 99),
+})  # fmt: skip
+
+
+def check_random_case(case, *, accepts=None):
+    """Results and gradients of one of RANDOM_CASES on a GPU; `accepts(q, k, v)` must hold."""
+    n_heads = case["group"] * case["n_kv_heads"]
+    shape = (case["batch"], n_heads, *(case[x] for x in ("n_kv_heads", "n_q", "n_k", "d_head")))
+    q, k, v = inputs(shape, dtype=case["dtype"], device="cuda", seed=case["seed"])
+    if case["rows_first"]:
         q, k, v = (
             x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
             for x in (q, k, v)
         )
-    check_forward_and_backward(q, k, v, causal=causal, what=f"{shape}", saved=True)
+    assert accepts is None or accepts(q, k, v)
+    check_forward_and_backward(q, k, v, causal=case["causal"], what=f"{shape}", saved=True)
+
+
+@pytest.mark.gpu
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(RANDOM_CASES)
+def test_results_and_gradients_equal_torchs_on_a_gpu_on_random_shapes(case):
+    check_random_case(case)
 
 
 def test_gradients_of_a_saved_output_are_autograds_when_it_is_not_rounded():

@@ -28,8 +28,8 @@ from llmopt_lab.flash_attention.cases import (
 )
 from llmopt_lab.flash_attention.reference import flash_attention, naive_attention
 from llmopt_lab.nn.model_card import cpu_name
-from llmopt_lab.nn.transformer import causal_attention
-from llmopt_lab.nn.weights import LanguageModel, load
+from llmopt_lab.nn.transformer import Transformer, causal_attention
+from llmopt_lab.nn.weights import load
 
 RESULTS = Path(__file__).parent / "results" / "measured.json"
 FIRST, N_PREDICTED = 9000, 768  # the passage of the text
@@ -49,23 +49,25 @@ ATTENTIONS = {
 
 
 @torch.no_grad()
-def nats_with_each(lm: LanguageModel) -> dict[str, float]:
+def nats_with_each(model: Transformer, text: Tensor) -> dict[str, float]:
     """Name of an attention -> nats a token of N_PREDICTED tokens."""
-    tokens = lm.encode(long_text())[FIRST : FIRST + N_PREDICTED + 1]
+    tokens = text[FIRST : FIRST + N_PREDICTED + 1]
     found = {}
     for name, attend in ATTENTIONS.items():
-        logits = lm.model(tokens[None, :-1], attend=attend)[0]
+        logits = model(tokens[None, :-1], attend=attend)[0]
         found[name] = float(F.cross_entropy(logits, tokens[1:]))
     return found
 
 
 @torch.no_grad()
-def moved_by_the_guide(lm: LanguageModel, lengths=(100, 128, 200, 500, 1000)) -> dict[str, float]:
+def moved_by_the_guide(
+    model: Transformer, text: Tensor, lengths=(100, 128, 200, 500, 1000)
+) -> dict[str, float]:
     """Tokens read -> the share of the next token's probability that the guide's code moves.
 
     It stands in the last layer alone and is asked for the last token, which may see everything.
     """
-    config, tokens = lm.config, lm.encode(long_text())
+    config = model.config
     group = config.n_heads // config.n_kv_heads
 
     def guides_last(q, k, v, *, layer, scale):
@@ -76,19 +78,19 @@ def moved_by_the_guide(lm: LanguageModel, lengths=(100, 128, 200, 500, 1000)) ->
 
     found = {}
     for n in lengths:
-        text = tokens[None, FIRST + 500 - n : FIRST + 500]
+        tokens = text[None, FIRST + 500 - n : FIRST + 500]
         right, wrong = (
-            lm.model(text, attend=attend, last_only=True)[0, -1].softmax(-1)
+            model(tokens, attend=attend, last_only=True)[0, -1].softmax(-1)
             for attend in (causal_attention, guides_last)
         )
         found[str(n)] = float((right - wrong).abs().sum() / 2)
     return found
 
 
-def costs_of_a_head(lm: LanguageModel) -> list[dict]:
+def costs_of_a_head(model: Transformer, text: Tensor) -> list[dict]:
     """Milliseconds and peak bytes of one query head of the third layer: one call, causal."""
-    q, k, v = (x[0] for x in layer_inputs(lm.model, lm.encode(long_text())[: LENGTHS[-1]], layer=2))
-    scale = lm.config.d_head**-0.5
+    q, k, v = (x[0] for x in layer_inputs(model, text[: LENGTHS[-1]], layer=2))
+    scale = model.config.d_head**-0.5
     runs = {
         "naive": lambda q, k, v: naive_attention(q, k, v, causal=True),
         "guide's flash": lambda q, k, v: guides_flash_attention(scale * q[None], k[None], v[None]),
@@ -118,6 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     require(args.out.parent.is_dir(), f"the folder {args.out.parent} does not exist")
     lm = load(args.model, device="cpu", dtype=torch.float32)
+    asked = lm.model, lm.encode(long_text())
     results = {
         "format_version": 1,
         "room": "flash_attention",
@@ -125,9 +128,9 @@ def main(arguments: list[str] | None = None) -> None:
         "cpu": {"name": cpu_name(), "threads": torch.get_num_threads()},
         "model": args.model,
         "n_predicted": N_PREDICTED,
-        "nats": nats_with_each(lm),
-        "moved": moved_by_the_guide(lm),
-        "costs": costs_of_a_head(lm),
+        "nats": nats_with_each(*asked),
+        "moved": moved_by_the_guide(*asked),
+        "costs": costs_of_a_head(*asked),
     }
     args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

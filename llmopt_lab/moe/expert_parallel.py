@@ -81,9 +81,10 @@ def expert_parallel_layer(
     rank, n_ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
     talk = _Talk(process_group, limit_s)
     problem = _problem(x, router, w_gate_up, w_down, k, rank, n_ranks)
-    logits = None if problem else router_logits(x, router)
-    if logits is not None and not bool(logits.isfinite().all()):
-        problem = "a router logit is NaN or infinite: look for it in x and in the router"
+    if not problem:
+        logits = router_logits(x, router)
+        if not bool(logits.isfinite().all()):
+            problem = "a router logit is NaN or infinite: look for it in x and in the router"
     _agree(talk, problem, x, router, k)
     n_experts = router.shape[1]
     routing, grouping = _route(logits, k)

@@ -265,7 +265,10 @@ def _walk(
     terms: str, block_q: int, block_k: int, n_q: int, n_k: int, chosen: bool,
     device: torch.device,
 ) -> Walk:  # fmt: skip
-    """`walk_from` but for the grid. Kept: hundreds of terms take the host milliseconds."""
+    """`walk_from`, where another tensor stands for the grid.
+
+    Kept: hundreds of terms take the host milliseconds.
+    """
     numbers = tuple(map(int, terms.split(",")))
     if block_q == 0:
         block_q = block_k = choose_block(numbers)
