@@ -95,17 +95,17 @@ class Tiles(NamedTuple):
     tma: bool = False   # whether Hopper's tensor memory accelerator copies what the loop reads
 
 
-# (kernel, bytes an element, padded d_head up to): tiles for an H100
+# (kernel, bytes an element, padded d_head up to): tiles for a Hopper GPU
 TILES = {
     ("forward", 2, 64): Tiles(128, 128, 8, 2),
     ("forward", 2, 128): Tiles(128, 128, 8, 2),
     ("forward", 2, 256): Tiles(128, 64, 8, 2),
     ("backward_keys", 2, 64): Tiles(128, 64, 4, 2),
-    ("backward_keys", 2, 128): Tiles(64, 128, 8, 3),
-    ("backward_keys", 2, 256): Tiles(32, 32, 4, 2),
+    ("backward_keys", 2, 128): Tiles(64, 64, 4, 2),
+    ("backward_keys", 2, 256): Tiles(64, 64, 8, 2),
     ("backward_queries", 2, 64): Tiles(128, 64, 8, 3),
     ("backward_queries", 2, 128): Tiles(128, 64, 8, 3),
-    ("backward_queries", 2, 256): Tiles(64, 64, 8, 2),
+    ("backward_queries", 2, 256): Tiles(64, 32, 4, 3),
     ("forward", 4, 64): Tiles(64, 32, 8, 2),
     ("forward", 4, 128): Tiles(32, 32, 8, 2),
     ("forward", 4, 256): Tiles(16, 16, 8, 2),
@@ -125,7 +125,7 @@ def tiles_from(
     """The table's tiles, cut down to what a GPU of that capability (None: AMD) holds.
 
     Args:
-        table: (kernel, bytes an element, padded d_head up to) -> Tiles, for an H100.
+        table: (kernel, bytes an element, padded d_head up to) -> Tiles, for a Hopper GPU.
         kernel: "forward", "backward_keys" or "backward_queries".
         at_most: queries and keys of a tile, and the warps and stages then, where a kernel needs
             registers of its own beside the scores.
@@ -134,6 +134,7 @@ def tiles_from(
     tensor_cores = capability is None or capability >= (8, 0)
     itemsize = dtype.itemsize if tensor_cores else 4    # without them products are float32
     tiles = table[kernel, itemsize, max(d, 64)]
+    all_warps = tiles.n_warps
     if capability is not None and capability >= (9, 0):
         tiles = tiles._replace(tma=True)
     if at_most:
@@ -143,16 +144,32 @@ def tiles_from(
         tiles = _with_shorter_steps(kernel, tiles)      # products read registers, not shared memory
     # AMD's has 64 KiB, but its kernels do not keep tiles there
     most = shared_bytes(capability) if capability else 99 << 10
-    while _bytes_needed(kernel, tiles, itemsize * d) > most:
+    transposes = kernel == "backward_keys" and capability is not None and capability[0] == 10
+    while _bytes_needed(kernel, tiles, itemsize * d, transposes=transposes) > most:
         if tiles.n_stages > 2:
             tiles = tiles._replace(n_stages=tiles.n_stages - 1)
         elif max(tiles.tile_q, tiles.tile_k) == 16:
-            return tiles._replace(n_stages=1)           # nothing is left to cut
+            tiles = tiles._replace(n_stages=1)          # nothing is left to cut
+            break
         elif tiles.tile_q >= tiles.tile_k:
-            tiles = tiles._replace(tile_q=tiles.tile_q // 2)
+            tiles = cut_to(kernel, tiles, tiles.tile_q // 2, tiles.tile_k)
         else:
-            tiles = tiles._replace(tile_k=tiles.tile_k // 2)
-    return tiles
+            tiles = cut_to(kernel, tiles, tiles.tile_q, tiles.tile_k // 2)
+    # without tensor cores: with 4 warps of 8 a T4's kernels spill 1 to 5 KB a thread
+    return tiles if tensor_cores else tiles._replace(n_warps=all_warps)
+
+
+def cut_to(kernel: str, tiles: Tiles, tile_q: int, tile_k: int) -> Tiles:
+    """`tiles` of at most so many queries and keys, and as many rows a warp as before.
+
+    Twice the warps that its rows need made a program of 64 rows 1.5 to 2.5 times as slow (H200).
+    """
+    cut = tiles._replace(tile_q=min(tiles.tile_q, tile_q), tile_k=min(tiles.tile_k, tile_k))
+    if kernel == "backward_keys":
+        n_warps = tiles.n_warps * cut.tile_k // tiles.tile_k
+    else:
+        n_warps = tiles.n_warps * cut.tile_q // tiles.tile_q
+    return cut._replace(n_warps=max(1, n_warps))
 
 
 def _with_shorter_steps(kernel: str, tiles: Tiles) -> Tiles:
@@ -161,14 +178,18 @@ def _with_shorter_steps(kernel: str, tiles: Tiles) -> Tiles:
     return tiles._replace(tile_k=tiles.tile_k // 2)
 
 
-def _bytes_needed(kernel: str, tiles: Tiles, row_bytes: int) -> int:
-    """Of the tiles that a program keeps, and of two tiles a stage of what it walks."""
+def _bytes_needed(kernel: str, tiles: Tiles, row_bytes: int, *, transposes: bool) -> int:
+    """Of the tiles that a program keeps, and of two tiles a stage of what it walks.
+
+    `transposes`: Blackwell's products want the walked tiles the other way round, too.
+    """
     kept, walked = {
         "forward": (tiles.tile_q, tiles.tile_k),
         "backward_keys": (2 * tiles.tile_k, tiles.tile_q),
         "backward_queries": (2 * tiles.tile_q, tiles.tile_k),
     }[kernel]
-    return row_bytes * (kept + 2 * tiles.n_stages * walked) + 2048      # barriers, lse, delta
+    copies = 2 * (tiles.n_stages + transposes)
+    return row_bytes * (kept + copies * walked) + 2048      # barriers, lse, delta
 
 
 def options_of(tiles: Tiles, *walked: Tensor) -> dict:

@@ -51,7 +51,13 @@ from llmopt_lab.sparse_attention.block_list_kernels import (
 )
 from llmopt_lab.sparse_attention.records import BlockLists
 from llmopt_lab.sparse_attention.rule_kernels import from_both_ends, keys_of, pairs_seen, tile_at
-from llmopt_lab.sparse_attention.tiles import sink_rows, sized_jit, sizes_of, tiles_for
+from llmopt_lab.sparse_attention.tiles import (
+    in_blocks,
+    sink_rows,
+    sized_jit,
+    sizes_of,
+    tiles_for,
+)
 
 prepare_triton()
 
@@ -376,11 +382,7 @@ def choose_tiles(kernel: str, d_head: int, dtype: torch.dtype, walk: Walk) -> Ti
     else:
         capability = None if torch.version.hip is not None else gpu.capability
         tiles = tiles_for(kernel, d_head, dtype, capability, kind_of(walk.rule))
-    if not walk.listed:
-        return tiles
-    return tiles._replace(
-        tile_q=min(tiles.tile_q, walk.block_q), tile_k=min(tiles.tile_k, walk.block_k)
-    )
+    return in_blocks(kernel, tiles, walk.block_q, walk.block_k) if walk.listed else tiles
 
 
 MOST_COLUMNS = 4096         # of the blocks that `select_blocks` chooses from: a row is one load

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llmopt_lab.core import attention_kernels
-from llmopt_lab.core.attention_kernels import Tiles, padded, tiles_from
+from llmopt_lab.core.attention_kernels import Tiles, cut_to, padded, tiles_from
 from llmopt_lab.core.device import prepare_triton
 from llmopt_lab.core.launch import jit, precision_of
 
@@ -22,21 +22,22 @@ sized_jit = partial(jit, do_not_specialize=(
 # flash attention's, but where short walks over few tiles do better with two programs a
 # multiprocessor: one works while the other begins or ends
 TILES = attention_kernels.TILES | {
-    ("backward_keys", 2, 128): Tiles(64, 64, 4, 2),
+    ("backward_queries", 2, 64): Tiles(64, 64, 4, 2),
     ("backward_queries", 2, 128): Tiles(64, 64, 4, 2),
+    ("backward_queries", 2, 256): Tiles(64, 64, 4, 2),
 }
 
 # at most, where the rule is more than a window: it needs registers of its own
 LONG_RULE = {
-    ("forward", 64): Tiles(64, 64, 4, 2),
+    ("forward", 64): Tiles(64, 64, 4, 3),
     ("forward", 128): Tiles(64, 64, 4, 3),
     ("forward", 256): Tiles(64, 32, 4, 2),
     ("backward_keys", 64): Tiles(64, 64, 4, 2),
     ("backward_keys", 128): Tiles(64, 64, 4, 2),
-    ("backward_keys", 256): Tiles(32, 32, 4, 2),
-    ("backward_queries", 64): Tiles(64, 64, 4, 2),
+    ("backward_keys", 256): Tiles(64, 64, 8, 2),
+    ("backward_queries", 64): Tiles(64, 64, 4, 3),
     ("backward_queries", 128): Tiles(64, 64, 4, 2),
-    ("backward_queries", 256): Tiles(64, 64, 8, 2),
+    ("backward_queries", 256): Tiles(64, 64, 4, 2),
 }
 FORWARD_THAT_DIVIDES = Tiles(64, 32, 4, 2)
 
@@ -53,6 +54,14 @@ def tiles_for(
     if rule == "terms that divide" and kernel == "forward":
         at_most = FORWARD_THAT_DIVIDES
     return tiles_from(TILES, kernel, d_head, dtype, capability, at_most=at_most)
+
+
+def in_blocks(kernel: str, tiles: Tiles, block_q: int, block_k: int) -> Tiles:
+    """`tiles` that lie in blocks of lists."""
+    cut = cut_to(kernel, tiles, block_q, block_k)
+    if kernel == "forward" and cut.tile_q < min(tiles.tile_q, 64):
+        cut = cut._replace(n_warps=max(1, cut.n_warps // 2))    # 0.63 of the time, blocks of 32
+    return cut
 
 
 def sink_rows(tile_k: int, n_sinks: int) -> int:
