@@ -251,6 +251,36 @@ def test_on_a_gpu_launches_do_not_count_where_no_graph_can_be_captured():
 
 
 @pytest.mark.gpu
+def test_on_a_gpu_all_contenders_of_a_row_pause_where_one_must(monkeypatch):
+    device = torch.device("cuda")
+    x = torch.ones(1 << 24, device=device)
+
+    def looks_at_the_cpu():
+        return x.sum().item()
+
+    pauses, who = {"one": 0, "other": 0}, []
+    sleep = torch.cuda._sleep
+
+    def counted(cycles):
+        pauses[who[-1]] += 1
+        sleep(cycles)
+
+    monkeypatch.setattr(torch.cuda, "_sleep", counted)
+    monkeypatch.setattr(bench, "SETTLE", 0)
+
+    def timed(**calls):
+        timers = {name: bench._Timer([call] * 4, device) for name, call in calls.items()}
+        for name, timer in timers.items():
+            take = timer.take
+            timer.take = lambda seconds, name=name, take=take: (who.append(name), take(seconds))
+        bench._take_turns([*timers.values()], 0.06)
+        return {name: len(timer.samples) for name, timer in timers.items()}
+
+    assert timed(one=x.sum, other=x.mean) and pauses == {"one": 0, "other": 0}
+    assert timed(one=x.sum, other=looks_at_the_cpu) == pauses
+
+
+@pytest.mark.gpu
 def test_on_a_gpu_a_slow_contender_visits_fewer_input_sets_and_a_fast_one_all():
     device = torch.device("cuda")
     x = torch.ones(5, device=device)

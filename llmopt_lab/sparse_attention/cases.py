@@ -255,16 +255,18 @@ def strip_example(reference) -> list[Tensor]:
 # The benchmark: 16k tokens, 16 heads of 128, bf16 on a GPU
 
 
-def _case(title, oracle, contenders, sizes, pattern, *, backward: bool = False) -> Case:
+def _case(
+    title, oracle, contenders, sizes, pattern, *, backward: bool = False, block: int = 128
+) -> Case:
     """`pattern(**size)` is the rule; a size with `percent` has so many random live blocks."""
 
     def lists_for(device, *, n, percent=100, **size):
         if percent == 100:
             return None
         rng = torch.Generator(device).manual_seed(0)
-        n_blocks = ceil_div(n, 128)
+        n_blocks = ceil_div(n, block)
         live = torch.rand(n_blocks, n_blocks, generator=rng, device=device) < percent / 100
-        return lists_of(live, live, n, n, 128, 128)
+        return lists_of(live, live, n, n, block, block)
 
     def inputs(device, **size):
         on_gpu = torch.device(device).type == "cuda"
@@ -346,6 +348,10 @@ CASES = (
     _case(
         "random live blocks of 128, forward", forward_oracle, BLOCKS,
         ({"n": 16384, "percent": 10},), lambda **size: Full(),
+    ),
+    _case(
+        "random live blocks of 64, forward", forward_oracle, BLOCKS,
+        ({"n": 16384, "percent": 10},), lambda **size: Full(), block=64,
     ),
     _case(
         "random live blocks of 128, backward", backward_oracle, BACKWARD[:2],

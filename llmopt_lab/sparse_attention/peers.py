@@ -94,7 +94,10 @@ def ours_in_triton(q, k, v, pattern, lists=None) -> Call:
 
 def flex(q, k, v, pattern, lists=None) -> Call:
     compiled, mask = _compiled_flex(q, k, pattern, lists)
-    return lambda: compiled(q, k, v, block_mask=mask)
+    tiles = {}
+    if mask.BLOCK_SIZE < (128, 128):  # else it asks for blocks that its tiles divide
+        tiles = dict(zip(("BLOCK_M", "BLOCK_N"), mask.BLOCK_SIZE, strict=True)) | {"num_warps": 4}
+    return lambda: compiled(q, k, v, block_mask=mask, kernel_options=tiles)
 
 
 _latest: dict = {}  # the compiled function and the mask of the latest row, for all its input sets
@@ -115,15 +118,18 @@ def _compiled_flex(q: Tensor, k: Tensor, pattern: Pattern, lists: BlockLists | N
 
 
 def block_mask(q: Tensor, k: Tensor, pattern: Pattern, lists: BlockLists | None = None):
-    """flex_attention's mask of the same rule, in its blocks of 128 x 128."""
+    """flex_attention's mask of the same rule: blocks of 128 x 128, or those of the lists."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     rule = mask_rule(pattern, k.shape[2], str(q.device))
+    size = 128
     if lists is not None:
+        size = (lists.tile_q, lists.tile_k)
         live, whole = lists.live(), rule
         rows, cols = lists.tile_q, lists.tile_k
         rule = lambda b, h, i, j: whole(b, h, i, j) & live[i // rows, j // cols]  # noqa: E731
-    return create_block_mask(rule, None, None, q.shape[2], k.shape[2], device=q.device)
+    n_q, n_k = q.shape[2], k.shape[2]
+    return create_block_mask(rule, None, None, n_q, n_k, device=q.device, BLOCK_SIZE=size)
 
 
 @lru_cache(maxsize=16)
