@@ -274,20 +274,16 @@ def test_bfloat16_is_refused_by_the_interpreter():
 # --- as recorded
 
 
-def test_the_recorded_h200_results_meet_what_the_chapter_asks_but_for_one_row():
-    """That row is 2 % short of cuDNN; in the ladder of the same run the kernel was faster."""
+def test_the_recorded_h200_results_meet_what_the_chapter_asks():
     recorded = load_results("flash_attention")[-1]
-    forward, backward, ladder, memory = (case["rows"] for case in recorded["cases"])
+    forward, backward, _, memory = (case["rows"] for case in recorded["cases"])
     assert len(forward) == 12 and len(backward) == 8 and len(memory) == 5
-    short = set()
     for row in forward:
         times = {name: result["median_ms"] for name, result in row["results"].items()}
-        wide, ours = row["size"]["d_head"] == 128, times["ours"]
-        assert times["SDPA, FlashAttention-2"] >= 1.25 * ours, row["size"]
-        assert times["flex_attention"] >= ours, row["size"]
-        if times["SDPA, cuDNN"] < (1.0 if wide else 0.9) * ours:
-            short.add((row["size"]["d_head"], row["size"]["n"], row["size"]["causal"]))
-    assert short == {(128, 16384, False)}
+        assert times["SDPA, FlashAttention-2"] >= 1.25 * times["ours"], row["size"]
+        assert times["flex_attention"] >= times["ours"], row["size"]
+        least = 1.0 if row["size"]["d_head"] == 128 else 0.9
+        assert times["SDPA, cuDNN"] >= least * times["ours"], row["size"]
     for row in backward:
         times = {name: result["median_ms"] for name, result in row["results"].items()}
         assert times["SDPA, FlashAttention-2"] >= 1.1 * times["ours"], row["size"]

@@ -500,7 +500,6 @@ def test_a_kernel_is_compiled_for_what_the_terms_forbid_and_not_for_their_number
 
 
 def test_the_recorded_h200_results_meet_what_the_chapter_asks():
-    """For random blocks the backward pass of flex_attention is faster, and lesson 5 says so."""
     (recorded,) = load_results("sparse_attention")
     cases = {case["title"]: [row["results"] for row in case["rows"]] for case in recorded["cases"]}
 
@@ -510,11 +509,10 @@ def test_the_recorded_h200_results_meet_what_the_chapter_asks():
     window = cases["window, forward"][0]
     assert ms(window, "flex_attention") >= 1.15 * ms(window)
     assert ms(window) <= 1.5 * ms(window, "FlashAttention-3")
-    assert len(cases["window, backward"]) == 2
-    for backward in cases["window, backward"]:
-        flex = backward["flex_attention"]
-        launch = 0.0 if flex["how"] == "graph" else 0.1  # ms, of the first call: it is in the time
-        assert flex["median_ms"] - launch >= ms(backward)
+    backward = cases["window, backward"] + cases["random live blocks of 128, backward"]
+    assert len(backward) == 3
+    for results in backward:
+        assert ms(results, "flex_attention") >= ms(results)
     (tenth,) = cases["random live blocks of 128, forward"]
     (dense,) = cases["dense, by the same kernel"]
     assert tenth["ours"]["tflop_s"] >= 0.6 * dense["ours"]["tflop_s"]

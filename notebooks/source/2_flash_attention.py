@@ -283,7 +283,7 @@ for row in memory_case["rows"]:
 
 # %% [markdown]
 # "4x faster" is a matter of the length, too. At 1,024 tokens our kernel gains nothing over naive
-# attention, at 131,072 it is 7.81 times as fast. Torch's FlashAttention-2 gains less at the long end
+# attention, at 131,072 it is 7.72 times as fast. Torch's FlashAttention-2 gains less at the long end
 # and more at the short one. The guide's own length, 8,192, is not in the record.
 #
 # **"O(seq_len) instead of O(seq_len²)."** So far nothing was trained. Count what autograd keeps for
@@ -392,7 +392,7 @@ print(f"one query, 300 keys, is_causal=True: {(decode - v[:, :, :1]).abs().max()
 # | its two versions agree | up to 128 tokens, and both are wrong: no $1/\sqrt d$; at 4,096 they are 0.70 apart |
 # | its flash is exact | with $1/\sqrt d$ up to one block; at 4,096 tokens the error is 0.98 of the answer |
 # | 0.5 GB, 16x less memory at 8,192 | 0.61 GB and 28.4 times, for 32 times one head of width 64; the ratio doubles with N |
-# | 4x faster | here 0.3 to 1.3 times as fast; on an H200 ours: 0.99 times at 1,024 tokens, 7.81 at 131,072 |
+# | 4x faster | here 0.3 to 1.3 times as fast; on an H200 ours: 1.02 times at 1,024 tokens, 7.72 at 131,072 |
 # | O(N) memory | forward only: for training it keeps twice what the standard version keeps |
 # | works for 32K+ tokens | ours and torch's do: section 6. The guide's code was run up to 8,192 |
 # | `is_causal=True` selects flash | it selects a mask, and without it a decoder is wrong |
@@ -861,10 +861,10 @@ for step, other in pairs:
     print(f"{step + ' against ' + other:45}" + "".join(f"{against(row, step, other):>15}" for row in ladder))
 
 # %% [markdown]
-# TMA and warp specialisation pay in every row, beyond the spread. From overlap on, no step differs from
-# the one before it by more than the spread (~), in no row. All of them together do: the shipped kernel takes
-# 2.4 to 6.4 % less time than the one with warp specialisation alone. One step at a time, this record
-# cannot tell you which of them is worth its code.
+# TMA and warp specialisation pay in every row, beyond the spread. From overlap on, a step differs from
+# the one before it by more than the spread in one of sixteen places. All of them together do: the shipped
+# kernel takes 2.3 to 6.2 % less time than the one with warp specialisation alone. One step at a time, this
+# record cannot tell you which of them is worth its code.
 #
 # Beside the peers: how many times as fast ours is, from its worst size to its best. Below 1 we lose.
 # The last rows are those of section 3: 2 heads, no mask, 1,024 to 131,072 tokens.
@@ -888,13 +888,13 @@ for record in (*earlier, recorded):
 
 # %% [markdown]
 # The worst row against FlashAttention-2 is the shortest of 2 heads: 0.61 times as fast at 1,024 tokens on the
-# H200, and 0.72 at 4,096 (section 3). At 192 queries a program, 1,024 tokens of 2 heads make 12 programs, too
+# H200, and 0.73 at 4,096 (section 3). At 192 queries a program, 1,024 tokens of 2 heads make 12 programs, too
 # few for 132 multiprocessors. Torch's call holds 2.4 MB there and ours 0.3: that fits a split of the keys, as
 # in section 8, which ours has not.
 #
-# Against cuDNN we are 2 % short in one row of width 128: 16,384 tokens, no mask. The medians differ by less
-# than the spread of either. The ladder has the same kernel at the same size as its last line, with 4 %
-# less time: 3.566 ms for 3.714.
+# Against cuDNN, forward at width 128, two rows are a draw: 8,192 and 16,384 tokens without a mask differ by
+# less than the spread of either, and a run of an earlier commit (08baba6) had 0.98 for the second. At width 64
+# and 4,096 tokens cuDNN is faster. Its backward pass is faster in every row, and FlashAttention-3 forward.
 #
 # The whole table, losses included. *extra MB* is what a call allocates. `ours` and the peers make their
 # result there, 67.1 MB in the first row; `ours in Triton` and the ladder write into one made before:

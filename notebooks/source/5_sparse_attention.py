@@ -975,24 +975,29 @@ for case in h200["cases"]:
             ms, star = result.get("median_ms"), "" if result.get("how", "graph") == "graph" else "*"
             peers.append(f"{f'{ms / mine:.2f}{star}' if ms else '-':>{width}}")
         print(f"{title:67}{mine:9.4f}" + "".join(peers))
-print("* not captured in a CUDA graph: timed as plain launches, with the launch of the first call in it")
+print("* timed as plain launches: no CUDA graph can hold it. Every contender of its row pauses before each sample")
 
 # %% [markdown]
 # Wins and losses:
-# - **We lose to FlashAttention-3** at every window: it takes 0.90 to 0.91 times as long. Dense it takes 0.87 times.
-# - flex_attention takes 1.06 times (width 64) to 1.38 times as long for a window forward.
-# - Backward, flex_attention's rows are those with the star. The plain launch adds about 0.09 ms to them: two of them
-#   were captured in the record before (git commit b773c16, the same driver and versions), at 1.550 ms for random blocks
-#   and 1.753 ms for sinks. So for sinks it takes 1.53 to 1.61 times as long, and for a plain window 1.12, about 1.03
-#   without that launch. For random blocks it takes 1.02 times, and against the earlier time 0.96: **a loss**.
+# - **We lose to FlashAttention-3** at every window: it takes 0.90 to 0.92 times as long. Dense it takes 0.88 times.
+# - flex_attention takes 1.07 times (width 64) to 1.41 times (window 4,096) as long for a window forward.
+# - Backward it takes 1.11 times as long for a window, 1.61 times with sinks. Random blocks of 128 are **a draw**: 1.01
+#   times, less than the spread.
+# - Random blocks of 64 are as fast as blocks of 128 in Triton. But our Hopper kernel takes blocks of 128 alone, so you
+#   pay 1.32 times for the finer choice. flex_attention takes 1.63 times as long, with the tiles of 64 x 64 and the 4
+#   warps that ours has.
 # - With Longformer it takes 1.63 times as long, with the Sparse Transformer 1.62 times. It compiles your rule.
 #   Ours is compiled for *what the terms of a pattern forbid*: Longformer's are one band of diagonals, two bands of
-#   rows and two of columns. Before it was, in the same earlier record, our kernel took 4.0 times as long for Longformer
+#   rows and two of columns. Before it was (git commit b773c16), our kernel took 4.0 times as long for Longformer
 #   as now. More than eight terms, as of four scattered global tokens, it still goes through one by one.
+# - **How you time decides.** A plain launch must be waited for, so the GPU pauses for a millisecond before each sample of
+#   4 to 7 ms: then the host is ahead. At commit 23ba6ce flex_attention alone paused, and in the backward rows ours took
+#   1.070, 1.149 and 1.593 ms. Since all pause it takes 0.996, 1.083 and 1.497 ms, 6 to 7 % less, by the same kernels: a
+#   GPU at its power limit lowers its clock, and a pause lets it recover. Random blocks had looked like a loss.
 # - Making lists takes 5 to 10 µs on the GPU, timed for blocks of 128. BigBird's forward pass uses such blocks: there
 #   it is 2 % of the time. (The Sparse Transformer and Longformer use blocks of 64, whose lists were not timed.) The
 #   host's part, the table of terms, is not in it; it is made once for a pattern and a length, and kept.
-#   flex_attention's `create_block_mask`, which is not compiled here, takes 470 to 11,500 times as long. A window
+#   flex_attention's `create_block_mask`, which is not compiled here, takes 470 to 11,300 times as long. A window
 #   needs no list.
 #
 # The whole table, with its spread and the peers that are absent:
