@@ -511,8 +511,8 @@ def tensor_core_sum(x, w):
 
     An instruction takes 32 columns. Its products and the sum so far are cut to 13 bits below the
     largest exponent among them, a product's being the sum of its factors', and so is what they add
-    up to. Source: Xie et al. 2025 (MMA-Sim, https://arxiv.org/abs/2511.10909); seen to give every
-    bit of cuBLAS with fast accumulation on an H200.
+    up to. Seen to give every bit of cuBLAS's sum with fast accumulation on an H200.
+    Source: Xie et al. 2025 (MMA-Sim, https://arxiv.org/abs/2511.10909).
     """
 
     def exponent(a):
@@ -543,7 +543,7 @@ def check_fp8(x, w, what=""):
     got_codes, got_scale = quantize_rows(x, torch.float8_e4m3fn)
     assert torch.equal(got_codes.float(), codes.float()) and torch.equal(got_scale, scale)
     if torch.cuda.get_device_capability() == (9, 0):
-        tiles = choose_tiles("scaled", *x.shape[:1], *w.shape, w_codes.dtype)
+        tiles = choose_tiles("scaled", len(x), *w.shape, w_codes.dtype)
         steps = ceil_div(w.shape[1], tiles.tile_k)
         part = ceil_div(steps, tiles.splits) * tiles.tile_k     # columns of a program
         parts = zip(codes.split(part, 1), w_codes.split(part, 1), strict=True)

@@ -162,7 +162,7 @@ def tiles_from(
 def cut_to(kernel: str, tiles: Tiles, tile_q: int, tile_k: int) -> Tiles:
     """`tiles` of at most so many queries and keys, and as many rows a warp as before.
 
-    Twice the warps that its rows need made a program of 64 rows 1.5 to 2.5 times as slow (H200).
+    Twice the warps that its rows need made a program of 64 rows 1.5 to 2.6 times as slow (H200).
     """
     cut = tiles._replace(tile_q=min(tiles.tile_q, tile_q), tile_k=min(tiles.tile_k, tile_k))
     if kernel == "backward_keys":

@@ -57,10 +57,11 @@ def tiles_for(
 
 
 def in_blocks(kernel: str, tiles: Tiles, block_q: int, block_k: int) -> Tiles:
-    """`tiles` that lie in blocks of lists."""
+    """`tiles` cut down to lie in blocks of lists."""
     cut = cut_to(kernel, tiles, block_q, block_k)
     if kernel == "forward" and cut.tile_q < min(tiles.tile_q, 64):
-        cut = cut._replace(n_warps=max(1, cut.n_warps // 2))    # 0.63 of the time, blocks of 32
+        # in blocks of 32 a warp for all rows took 0.63 of the time of two (H200)
+        cut = cut._replace(n_warps=max(1, cut.n_warps // 2))
     return cut
 
 
