@@ -992,8 +992,9 @@ print("* timed as plain launches: no CUDA graph can hold it. Every contender of 
 #   as now. More than eight terms, as of four scattered global tokens, it still goes through one by one.
 # - **How you time decides.** A plain launch must be waited for, so the GPU pauses for a millisecond before each sample of
 #   4 to 7 ms: then the host is ahead. At commit 23ba6ce flex_attention alone paused, and in the backward rows ours took
-#   1.070, 1.149 and 1.593 ms. Since all pause it takes 0.996, 1.083 and 1.497 ms, 6 to 7 % less, by the same kernels: a
-#   GPU at its power limit lowers its clock, and a pause lets it recover. Random blocks had looked like a loss.
+#   1.070, 1.149 and 1.593 ms. Since all pause it takes 0.996, 1.083 and 1.497 ms, 6 to 7 % less, by the same kernels,
+#   and random blocks no longer look like a loss. The likely reason, not measured: a GPU at its power limit lowers its
+#   clock, and a pause lets it recover.
 # - Making lists takes 5 to 10 µs on the GPU, timed for blocks of 128. BigBird's forward pass uses such blocks: there
 #   it is 2 % of the time. (The Sparse Transformer and Longformer use blocks of 64, whose lists were not timed.) The
 #   host's part, the table of terms, is not in it; it is made once for a pattern and a length, and kept.
