@@ -426,13 +426,13 @@ def test_kernels_compile_and_fit_the_chip(target):
 
 def test_fewer_rows_keep_fewer_warps_busy():
     tiles = Tiles(128, 64, 8, 3)
-    assert cut_to("forward", tiles, 64, 64) == Tiles(64, 64, 4, 3)
-    assert cut_to("backward_queries", tiles, 16, 16) == Tiles(16, 16, 1, 3)
-    assert cut_to("backward_queries", Tiles(64, 64, 4, 2), 8, 8).n_warps == 1  # no less
+    assert cut_to("forward", tiles, 64, 64, (9, 0)) == Tiles(64, 64, 4, 3)
+    assert cut_to("backward_queries", tiles, 16, 16, (9, 0)) == Tiles(16, 16, 1, 3)
+    assert cut_to("backward_queries", Tiles(64, 64, 4, 2), 8, 8, (9, 0)).n_warps == 1  # no less
     # a program of the keys kernel owns keys
-    assert cut_to("backward_keys", tiles, 64, 64) == Tiles(64, 64, 8, 3)
-    assert cut_to("backward_keys", tiles, 128, 32) == Tiles(128, 32, 4, 3)
-    assert cut_to("forward", tiles, 256, 256) == tiles
+    assert cut_to("backward_keys", tiles, 64, 64, (9, 0)) == Tiles(64, 64, 8, 3)
+    assert cut_to("backward_keys", tiles, 128, 32, (9, 0)) == Tiles(128, 32, 4, 3)
+    assert cut_to("forward", tiles, 256, 256, (9, 0)) == tiles
 
 
 def test_a_gpu_without_tensor_cores_keeps_all_warps():

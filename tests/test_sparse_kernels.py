@@ -650,13 +650,21 @@ def specs_of(target: str) -> list[dict]:
 
 def test_a_tile_cut_to_a_small_block_takes_fewer_warps():
     tiles = Tiles(128, 128, 8, 2)
-    assert in_blocks("forward", tiles, 128, 64) == Tiles(128, 64, 8, 2)
-    assert in_blocks("forward", tiles, 64, 64) == Tiles(64, 64, 4, 2)
-    assert in_blocks("forward", tiles, 32, 32) == Tiles(32, 32, 1, 2)
-    assert in_blocks("backward_queries", tiles, 32, 32) == Tiles(32, 32, 2, 2)
-    assert in_blocks("backward_keys", tiles, 16, 64) == Tiles(16, 64, 4, 2)
+    assert in_blocks("forward", tiles, 128, 64, (9, 0)) == Tiles(128, 64, 8, 2)
+    assert in_blocks("forward", tiles, 64, 64, (9, 0)) == Tiles(64, 64, 4, 2)
+    assert in_blocks("forward", tiles, 32, 32, (9, 0)) == Tiles(32, 32, 1, 2)
+    assert in_blocks("backward_queries", tiles, 32, 32, (9, 0)) == Tiles(32, 32, 2, 2)
+    assert in_blocks("backward_keys", tiles, 16, 64, (9, 0)) == Tiles(16, 64, 4, 2)
     # it was that small before: nothing is cut
-    assert in_blocks("forward", Tiles(32, 16, 4, 1), 32, 16) == Tiles(32, 16, 4, 1)
+    assert in_blocks("forward", Tiles(32, 16, 4, 1), 32, 16, (9, 0)) == Tiles(32, 16, 4, 1)
+
+
+def test_a_gpu_without_tensor_cores_keeps_all_warps_in_small_blocks_too():
+    for kernel in TENSORS:
+        for size in (16, 32, 64):
+            tiles = tiles_for(kernel, 64, torch.float16, (7, 5))
+            cut = in_blocks(kernel, tiles, size, size, (7, 5))
+            assert cut.n_warps == tiles.n_warps and max(cut.tile_q, cut.tile_k) <= size
 
 
 # bytes a thread, at most. On an H200, before these kernels read padded rows, the best tiles of keys

@@ -131,15 +131,15 @@ def tiles_from(
             registers of its own beside the scores.
     """
     d = padded(d_head)
-    tensor_cores = capability is None or capability >= (8, 0)
+    tensor_cores = has_tensor_cores(capability)
     itemsize = dtype.itemsize if tensor_cores else 4    # without them products are float32
     tiles = table[kernel, itemsize, max(d, 64)]
-    all_warps = tiles.n_warps
     if capability is not None and capability >= (9, 0):
         tiles = tiles._replace(tma=True)
     if at_most:
         tile_q, tile_k = min(at_most.tile_q, tiles.tile_q), min(at_most.tile_k, tiles.tile_k)
-        tiles = at_most._replace(tile_q=tile_q, tile_k=tile_k, tma=tiles.tma)
+        n_warps = at_most.n_warps if tensor_cores else tiles.n_warps    # as `cut_to`
+        tiles = at_most._replace(tile_q=tile_q, tile_k=tile_k, n_warps=n_warps, tma=tiles.tma)
     if itemsize == 2 and (capability is None or capability[0] not in (9, 10)):
         tiles = _with_shorter_steps(kernel, tiles)      # products read registers, not shared memory
     # AMD's has 64 KiB, but its kernels do not keep tiles there
@@ -149,22 +149,30 @@ def tiles_from(
         if tiles.n_stages > 2:
             tiles = tiles._replace(n_stages=tiles.n_stages - 1)
         elif max(tiles.tile_q, tiles.tile_k) == 16:
-            tiles = tiles._replace(n_stages=1)          # nothing is left to cut
-            break
+            return tiles._replace(n_stages=1)           # nothing is left to cut
         elif tiles.tile_q >= tiles.tile_k:
-            tiles = cut_to(kernel, tiles, tiles.tile_q // 2, tiles.tile_k)
+            tiles = cut_to(kernel, tiles, tiles.tile_q // 2, tiles.tile_k, capability)
         else:
-            tiles = cut_to(kernel, tiles, tiles.tile_q, tiles.tile_k // 2)
-    # without tensor cores: with 4 warps of 8 a T4's kernels spill 1 to 5 KB a thread
-    return tiles if tensor_cores else tiles._replace(n_warps=all_warps)
+            tiles = cut_to(kernel, tiles, tiles.tile_q, tiles.tile_k // 2, capability)
+    return tiles
 
 
-def cut_to(kernel: str, tiles: Tiles, tile_q: int, tile_k: int) -> Tiles:
+def has_tensor_cores(capability: tuple[int, int] | None) -> bool:
+    """That Triton uses: a GPU of that capability (None: AMD)."""
+    return capability is None or capability >= (8, 0)
+
+
+def cut_to(
+    kernel: str, tiles: Tiles, tile_q: int, tile_k: int, capability: tuple[int, int] | None
+) -> Tiles:
     """`tiles` of at most so many queries and keys, and as many rows a warp as before.
 
     Twice the warps that its rows need made a program of 64 rows 1.5 to 2.6 times as slow (H200).
+    Without tensor cores all warps stay: with 4 of 8 a T4's kernels spill 1 to 5 KB a thread.
     """
     cut = tiles._replace(tile_q=min(tiles.tile_q, tile_q), tile_k=min(tiles.tile_k, tile_k))
+    if not has_tensor_cores(capability):
+        return cut
     if kernel == "backward_keys":
         n_warps = tiles.n_warps * cut.tile_k // tiles.tile_k
     else:

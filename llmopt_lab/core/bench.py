@@ -157,8 +157,9 @@ def _take_turns(timers: Sequence[_Timer], seconds: float) -> None:
     Where one cannot be captured, the GPU pauses before every sample of all: the host gets ahead
     and no launch is waited for, and nobody's chip is cooler.
     """
+    pause = any(timer.how == "stream" for timer in timers)
     for timer in timers:
-        timer.pause = any(other.how == "stream" for other in timers)
+        timer.pause = pause
     zigzag = [(place + 1) // 2 * (-1) ** (place + 1) for place in range(len(timers))]
     for turn in range(TURNS):
         for step in zigzag:

@@ -51,13 +51,7 @@ from llmopt_lab.sparse_attention.block_list_kernels import (
 )
 from llmopt_lab.sparse_attention.records import BlockLists
 from llmopt_lab.sparse_attention.rule_kernels import from_both_ends, keys_of, pairs_seen, tile_at
-from llmopt_lab.sparse_attention.tiles import (
-    in_blocks,
-    sink_rows,
-    sized_jit,
-    sizes_of,
-    tiles_for,
-)
+from llmopt_lab.sparse_attention.tiles import in_blocks, sink_rows, sized_jit, sizes_of, tiles_for
 
 prepare_triton()
 
@@ -377,12 +371,14 @@ def _sink_parts(q, k, v, d_out, lse2, delta, walk: Walk, scale: float):
 def choose_tiles(kernel: str, d_head: int, dtype: torch.dtype, walk: Walk) -> Tiles:
     """Tiles of the "forward", "backward_keys" or "backward_queries" kernel on the current GPU."""
     gpu = gpu_facts()
+    capability = None if gpu is None or torch.version.hip is not None else gpu.capability
     if gpu is None:
         tiles = Tiles(32, 16, 4, 1)     # interpreted: small, so that small examples have several
     else:
-        capability = None if torch.version.hip is not None else gpu.capability
         tiles = tiles_for(kernel, d_head, dtype, capability, kind_of(walk.rule))
-    return in_blocks(kernel, tiles, walk.block_q, walk.block_k) if walk.listed else tiles
+    if not walk.listed:
+        return tiles
+    return in_blocks(kernel, tiles, walk.block_q, walk.block_k, capability)
 
 
 MOST_COLUMNS = 4096         # of the blocks that `select_blocks` chooses from: a row is one load

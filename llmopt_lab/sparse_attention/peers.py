@@ -95,8 +95,9 @@ def ours_in_triton(q, k, v, pattern, lists=None) -> Call:
 def flex(q, k, v, pattern, lists=None) -> Call:
     compiled, mask = _compiled_flex(q, k, pattern, lists)
     tiles = {}
-    if mask.BLOCK_SIZE < (128, 128):  # else it asks for blocks that its tiles divide
-        tiles = dict(zip(("BLOCK_M", "BLOCK_N"), mask.BLOCK_SIZE, strict=True)) | {"num_warps": 4}
+    rows, cols = mask.BLOCK_SIZE
+    if min(rows, cols) < 128:  # its own tiles must divide the blocks
+        tiles = {"BLOCK_M": rows, "BLOCK_N": cols, "num_warps": 4}
     return lambda: compiled(q, k, v, block_mask=mask, kernel_options=tiles)
 
 
@@ -122,14 +123,14 @@ def block_mask(q: Tensor, k: Tensor, pattern: Pattern, lists: BlockLists | None 
     from torch.nn.attention.flex_attention import create_block_mask
 
     rule = mask_rule(pattern, k.shape[2], str(q.device))
-    size = 128
+    rows = cols = 128
     if lists is not None:
-        size = (lists.tile_q, lists.tile_k)
         live, whole = lists.live(), rule
         rows, cols = lists.tile_q, lists.tile_k
         rule = lambda b, h, i, j: whole(b, h, i, j) & live[i // rows, j // cols]  # noqa: E731
-    n_q, n_k = q.shape[2], k.shape[2]
-    return create_block_mask(rule, None, None, n_q, n_k, device=q.device, BLOCK_SIZE=size)
+    return create_block_mask(
+        rule, None, None, q.shape[2], k.shape[2], device=q.device, BLOCK_SIZE=(rows, cols)
+    )
 
 
 @lru_cache(maxsize=16)

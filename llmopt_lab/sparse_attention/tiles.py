@@ -56,10 +56,12 @@ def tiles_for(
     return tiles_from(TILES, kernel, d_head, dtype, capability, at_most=at_most)
 
 
-def in_blocks(kernel: str, tiles: Tiles, block_q: int, block_k: int) -> Tiles:
+def in_blocks(
+    kernel: str, tiles: Tiles, block_q: int, block_k: int, capability: tuple[int, int] | None
+) -> Tiles:
     """`tiles` cut down to lie in blocks of lists."""
-    cut = cut_to(kernel, tiles, block_q, block_k)
-    if kernel == "forward" and cut.tile_q < min(tiles.tile_q, 64):
+    cut = cut_to(kernel, tiles, block_q, block_k, capability)
+    if kernel == "forward" and cut.n_warps < tiles.n_warps and cut.tile_q < 64:
         # in blocks of 32 a warp for all rows took 0.63 of the time of two (H200)
         cut = cut._replace(n_warps=max(1, cut.n_warps // 2))
     return cut
